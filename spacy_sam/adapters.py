@@ -1,0 +1,153 @@
+"""PEFT LoRA adapters on disk: read, check that they can be merged exactly, hash."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Dict, Mapping, Tuple
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from .errors import SamError
+
+CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+KEY_PREFIX = "base_model.model."
+# Settings under which the weight change is not scale * B @ A, or not of one scale and rank, or not of this base.
+REFUSED = (
+    "use_rslora",
+    "use_dora",
+    "lora_bias",
+    "use_qalora",
+    "rank_pattern",
+    "alpha_pattern",
+    "modules_to_save",
+    "layer_replication",
+    "trainable_token_indices",
+    "target_parameters",
+    "alora_invocation_tokens",
+    "arrow_config",
+    "use_bdlora",
+)
+PLAIN_INIT = (True, False, None, "gaussian", "eva", "orthogonal")  # the others change the base's weights
+
+
+@dataclass(frozen=True)
+class LoraFactors:
+    """One matrix's task vector in factors: dW = scale * B @ A.
+
+    a: [rank, in], b: [out, rank], both float32.
+    transposed: The base keeps this weight as [in, out] (GPT-2's Conv1D).
+    """
+
+    a: torch.Tensor
+    b: torch.Tensor
+    scale: float
+    transposed: bool = False
+
+    @property
+    def shape(self) -> Tuple[int, int]:
+        """Shape of dW as the base stores the weight."""
+        out_in = (self.b.shape[0], self.a.shape[1])
+        return (out_in[1], out_in[0]) if self.transposed else out_in
+
+    def delta(self) -> torch.Tensor:
+        """dW in float32, in the base's layout."""
+        dense = self.scale * (self.b @ self.a)
+        return dense.T if self.transposed else dense
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """All factors of one expert, by the name of the base weight they change (`...q_proj.weight`)."""
+
+    matrices: Dict[str, LoraFactors]
+
+    def check_shapes(self, shapes: Mapping[str, Tuple[int, ...]], name: str) -> None:
+        """RAISES: SamError S403 or S107 if the base has no such weight, or one of another shape."""
+        for matrix, factors in self.matrices.items():
+            if matrix not in shapes:
+                raise SamError("S403", matrix=matrix, expert=name)
+            if tuple(shapes[matrix]) != factors.shape:
+                problem = f"'{matrix}' is {list(factors.shape)} and the base's is {list(shapes[matrix])}"
+                raise SamError("S107", name=name, problem=problem)
+
+
+def read_adapter_config(folder: Path, name: str) -> Dict[str, Any]:
+    """Read and check `adapter_config.json`.
+
+    RAISES: SamError S104 if files are missing, S107 if the config is damaged, S106 for a kind that cannot be merged.
+    """
+    for file in (CONFIG_FILE, WEIGHTS_FILE):
+        if not (folder / file).is_file():
+            raise SamError("S104", name=name, path=folder / file)
+    try:
+        config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf8"))
+        rank, alpha = config["r"], config["lora_alpha"]
+        valid = isinstance(rank, int) and rank > 0 and isinstance(alpha, (int, float))
+    except (ValueError, KeyError, TypeError) as error:
+        raise SamError("S107", name=name, problem=f"{CONFIG_FILE} cannot be read ({error!r})") from error
+    if not valid:
+        raise SamError("S107", name=name, problem=f"rank {rank!r} and alpha {alpha!r} make no scale")
+    if config.get("peft_type") != "LORA":
+        raise SamError("S106", name=name, feature=f"peft_type {config.get('peft_type')!r}")
+    if config.get("bias", "none") != "none":
+        raise SamError("S106", name=name, feature=f"bias={config['bias']!r}")
+    if config.get("init_lora_weights", True) not in PLAIN_INIT:
+        raise SamError("S106", name=name, feature=f"init_lora_weights={config['init_lora_weights']!r}")
+    for feature in REFUSED:
+        if config.get(feature):
+            raise SamError("S106", name=name, feature=feature)
+    return config
+
+
+def read_adapter(folder: Path, name: str) -> Adapter:
+    """Read an expert's factors and check them.
+
+    folder (Path): A PEFT adapter folder.
+    name (str): The expert's name, for messages.
+    RETURNS (Adapter): float32 factors on the CPU.
+    RAISES: SamError S104, S106 or S107: missing files, a kind that cannot be merged exactly, damaged tensors.
+    """
+    config = read_adapter_config(folder, name)
+    try:
+        tensors = load_file(folder / WEIGHTS_FILE)
+    except (SafetensorError, OSError) as error:
+        raise SamError("S107", name=name, problem=f"{WEIGHTS_FILE} cannot be read ({error})") from error
+    pairs: Dict[str, Dict[str, torch.Tensor]] = {}
+    for key, tensor in tensors.items():
+        module, _, factor = key.removeprefix(KEY_PREFIX).removesuffix(".weight").rpartition(".")
+        if factor not in ("lora_A", "lora_B") or tensor.dim() != 2:
+            raise SamError("S107", name=name, problem=f"tensor '{key}' is not a LoRA factor of a linear layer")
+        if not torch.isfinite(tensor).all():
+            raise SamError("S107", name=name, problem=f"tensor '{key}' has NaN or infinite values")
+        pairs.setdefault(module, {})[factor] = tensor.float()
+    if not pairs:
+        raise SamError("S107", name=name, problem="it has no tensors")
+    scale = config["lora_alpha"] / config["r"]
+    transposed = bool(config.get("fan_in_fan_out"))
+    matrices = {
+        f"{module}.weight": _pair(module, pair, scale, transposed, config["r"], name) for module, pair in pairs.items()
+    }
+    return Adapter(matrices)
+
+
+def _pair(
+    module: str, pair: Mapping[str, torch.Tensor], scale: float, transposed: bool, rank: int, name: str
+) -> LoraFactors:
+    if set(pair) != {"lora_A", "lora_B"}:
+        raise SamError("S107", name=name, problem=f"'{module}' has {sorted(pair)} and needs lora_A and lora_B")
+    a, b = pair["lora_A"], pair["lora_B"]
+    if a.shape[0] != rank or b.shape[1] != rank:
+        problem = f"'{module}' has factors {list(b.shape)} and {list(a.shape)}, and the config says rank {rank}"
+        raise SamError("S107", name=name, problem=problem)
+    return LoraFactors(a, b, scale, transposed)
+
+
+def hash_adapter(folder: Path) -> str:
+    """Content hash of an adapter: its weights file and the config entries that decide the weight change."""
+    digest = hashlib.sha256((folder / WEIGHTS_FILE).read_bytes())
+    config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf8"))
+    digest.update(repr([config.get(key) for key in ("r", "lora_alpha", "fan_in_fan_out")]).encode("utf8"))
+    return digest.hexdigest()[:16]

@@ -1,0 +1,318 @@
+"""The bank on disk: open, validate, list, add and remove experts. Only JSON and safetensors are read."""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Dict, Iterator, List, Mapping, Optional, Tuple, Union
+
+from .adapters import Adapter, hash_adapter, read_adapter, read_adapter_config
+from .errors import SamError
+from .plan import Expert, from_json, to_json
+
+SCHEMA_VERSION = 1
+BANK_FILE, CARD_FILE, EXPERTS_DIR = "bank.json", "card.json", "experts"
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+
+
+@dataclass(frozen=True)
+class BankFile:
+    """What `bank.json` says. `base` is a folder inside the bank, a path, or a hub id (with `revision`)."""
+
+    base: str
+    base_hash: str
+    prompt: Dict[str, Any]
+    encoder: str
+    schema_version: int = SCHEMA_VERSION
+    revision: Optional[str] = None
+    name: str = "bank"
+    experts: Tuple[str, ...] = ()
+    details: Dict[str, Any] = field(default_factory=dict)
+
+
+class ExpertBank:
+    """A folder of LoRA experts that share one base and one prompt format.
+
+    Opening reads the cards and checks every adapter's config, not its weights: `check` and `load_adapter` do that.
+    """
+
+    def __init__(self, path: Union[str, Path]) -> None:
+        """Open a bank.
+
+        path (Union[str, Path]): The folder with `bank.json`.
+        RAISES: SamError S101 to S106 if it is missing, damaged, of another version, or holds what cannot be merged.
+        """
+        self.path = Path(path)
+        self._file = _read_bank_file(self.path)
+        self._cards = {name: self._read_card(name) for name in self._file.experts}
+
+    @classmethod
+    def create(
+        cls,
+        path: Union[str, Path],
+        *,
+        base: str,
+        prompt: Mapping[str, Any],
+        encoder: str,
+        revision: Optional[str] = None,
+        name: str = "bank",
+        details: Optional[Mapping[str, Any]] = None,
+    ) -> "ExpertBank":
+        """Write an empty bank around a base. `base` is a folder name inside `path`, a path, or a hub id."""
+        path = Path(path)
+        path.mkdir(parents=True, exist_ok=True)
+        inside = path / base
+        base_hash = hash_base(inside if inside.is_dir() else Path(base)) if not _is_hub_id(path, base) else f"{base}@{revision}"
+        file = BankFile(base, base_hash, dict(prompt), encoder, revision=revision, name=name, details=dict(details or {}))
+        _write_json(path / BANK_FILE, to_json(file))
+        return cls(path)
+
+    def __len__(self) -> int:
+        return len(self.experts)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._cards
+
+    def __iter__(self) -> Iterator[Expert]:
+        return iter(self.experts)
+
+    @property
+    def name(self) -> str:
+        return self._file.name
+
+    @property
+    def base_hash(self) -> str:
+        return self._file.base_hash
+
+    @property
+    def prompt(self) -> Dict[str, Any]:
+        return dict(self._file.prompt)
+
+    @property
+    def encoder(self) -> str:
+        return self._file.encoder
+
+    @property
+    def details(self) -> Dict[str, Any]:
+        return dict(self._file.details)
+
+    @property
+    def base(self) -> Tuple[str, Optional[str]]:
+        """Where the base is (a folder or a hub id), and its revision."""
+        inside = self.path / self._file.base
+        return (str(inside) if inside.is_dir() else self._file.base), self._file.revision
+
+    @property
+    def experts(self) -> List[Expert]:
+        """The cards that take part in selection, by name."""
+        return [card for _, card in sorted(self._cards.items()) if card.role == "expert"]
+
+    @property
+    def baselines(self) -> List[Expert]:
+        """The adapters kept for comparison only, by name."""
+        return [card for _, card in sorted(self._cards.items()) if card.role != "expert"]
+
+    def __getitem__(self, name: str) -> Expert:
+        """RAISES: SamError S108 if there is no such expert."""
+        if name not in self._cards:
+            raise SamError("S108", name=name, known=", ".join(sorted(self._cards)) or "none")
+        return self._cards[name]
+
+    def folder(self, name: str) -> Path:
+        """The expert's folder. RAISES: SamError S108, or S104 if it would leave the bank."""
+        self[name]
+        return _inside(self.path, name)
+
+    def adapter_hash(self, name: str) -> str:
+        """Content hash of an expert's weights and config."""
+        return hash_adapter(self.folder(name))
+
+    def load_adapter(self, name: str) -> Adapter:
+        """Read an expert's factors. RAISES: SamError S106 or S107 if they cannot be merged or are damaged."""
+        return read_adapter(self.folder(name), name)
+
+    def check(self) -> List[str]:
+        """Validate everything, weights included.
+
+        RETURNS (List[str]): The names of the experts checked.
+        RAISES: SamError S104 to S107 and S110 at the first thing that is wrong.
+        """
+        base = Path(self.base[0])
+        shapes: Optional[Dict[str, Tuple[int, ...]]] = None
+        if base.is_dir():
+            self.check_base()
+            shapes = base_shapes(base)
+        for name in self._cards:
+            adapter = self.load_adapter(name)
+            if shapes is not None:
+                adapter.check_shapes(shapes, name)
+        return sorted(self._cards)
+
+    def check_base(self) -> None:
+        """RAISES: SamError S110 if the base on disk is not the one the experts were trained on."""
+        base = Path(self.base[0])
+        if base.is_dir():
+            found = hash_base(base)
+            if found != self.base_hash:
+                raise SamError("S110", path=self.path, found=found, expected=self.base_hash)
+
+    def add(self, name: str, adapter: Union[str, Path], card: Expert) -> None:
+        """Copy an adapter folder into the bank under `name`. No other expert is touched.
+
+        name (str): Its name here.
+        adapter (Union[str, Path]): A PEFT folder with safetensors weights.
+        card (Expert): Its card; `card.name` is replaced by `name`.
+        RAISES: SamError S109 or S114 for the name, S105 to S107 if it cannot be merged. The bank is then unchanged.
+        """
+        if not NAME.fullmatch(name):
+            raise SamError("S114", name=name)
+        if name in self._cards:
+            raise SamError("S109", name=name)
+        if card.base_hash != self.base_hash:
+            raise SamError("S105", name=name, found=card.base_hash, expected=self.base_hash)
+        source = Path(adapter)
+        loaded = read_adapter(source, name)
+        base = Path(self.base[0])
+        if base.is_dir():
+            loaded.check_shapes(base_shapes(base), name)
+        target = self.path / EXPERTS_DIR / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        staged = Path(tempfile.mkdtemp(prefix=".adding-", dir=target.parent))
+        try:
+            for file in ("adapter_config.json", "adapter_model.safetensors"):
+                shutil.copyfile(source / file, staged / file)
+            _write_json(staged / CARD_FILE, to_json(_renamed(card, name)))
+            if target.exists():  # left over from an add that was stopped: bank.json does not know it
+                shutil.rmtree(target)
+            os.replace(staged, target)
+        finally:
+            shutil.rmtree(staged, ignore_errors=True)
+        self._write_names(self._file.experts + (name,))
+        self._cards[name] = self._read_card(name)
+
+    def remove(self, name: str) -> None:
+        """Remove an expert and its folder. RAISES: SamError S108 if there is none of that name."""
+        folder = self.folder(name)
+        self._write_names(tuple(other for other in self._file.experts if other != name))
+        del self._cards[name]
+        shutil.rmtree(folder)
+
+    def update_card(self, card: Expert) -> None:
+        """Replace the card of an expert that is in the bank."""
+        _write_json(self.folder(card.name) / CARD_FILE, to_json(card))
+        self._cards[card.name] = self._read_card(card.name)
+
+    def _write_names(self, names: Tuple[str, ...]) -> None:
+        data = {**to_json(self._file), "experts": sorted(names)}
+        _write_json(self.path / BANK_FILE, data)
+        self._file = _read_bank_file(self.path)
+
+    def _read_card(self, name: str) -> Expert:
+        if not NAME.fullmatch(name):
+            raise SamError("S114", name=name)
+        folder = _inside(self.path, name)
+        if not (folder / CARD_FILE).is_file():
+            raise SamError("S104", name=name, path=folder / CARD_FILE)
+        card = from_json(Expert, _read_json(folder / CARD_FILE), "S102", path=folder / CARD_FILE)
+        if card.base_hash != self.base_hash:
+            raise SamError("S105", name=name, found=card.base_hash, expected=self.base_hash)
+        read_adapter_config(folder, name)
+        return card
+
+
+def bundled_bank_path() -> Path:
+    """The folder of the bank that comes with the package. RAISES: SamError S115 if it is not installed."""
+    path = Path(__file__).parent / "bundled"
+    if not (path / BANK_FILE).is_file():
+        raise SamError("S115")
+    return path
+
+
+def hash_base(folder: Path) -> str:
+    """Hash a base by its safetensors headers, sizes and the first 4 KiB of every tensor.
+
+    A retrained or reshaped base has another hash, and an 8B base is hashed in well under a second. It is no checksum
+    against single damaged bytes.
+    """
+    digest = hashlib.sha256()
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise SamError("S503", path=folder, reason="no .safetensors file in it")
+    for file in files:
+        with file.open("rb") as stream:
+            header, start = _read_header(stream, file)
+            digest.update(json.dumps(header, sort_keys=True).encode("utf8"))
+            for name in sorted(header):
+                begin, end = header[name]["data_offsets"]
+                stream.seek(start + begin)
+                digest.update(stream.read(min(4096, end - begin)))
+    return digest.hexdigest()[:16]
+
+
+def base_shapes(folder: Path) -> Dict[str, Tuple[int, ...]]:
+    """Shapes of the base's tensors, by name, from the file headers alone."""
+    shapes: Dict[str, Tuple[int, ...]] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with file.open("rb") as stream:
+            header, _ = _read_header(stream, file)
+        shapes.update({name: tuple(entry["shape"]) for name, entry in header.items()})
+    return shapes
+
+
+def _read_header(stream: Any, path: Path) -> Tuple[Dict[str, Any], int]:
+    try:
+        size = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(size)) if size <= os.path.getsize(path) else None
+        if not isinstance(header, dict):
+            raise ValueError("truncated")
+    except ValueError as error:
+        raise SamError("S102", path=path, reason=f"not a safetensors file: {error}") from error
+    header.pop("__metadata__", None)
+    return header, 8 + size
+
+
+def _is_hub_id(bank: Path, base: str) -> bool:
+    return not (bank / base).is_dir() and not Path(base).is_dir()
+
+
+def _inside(bank: Path, name: str) -> Path:
+    folder = bank / EXPERTS_DIR / name
+    if not folder.resolve().is_relative_to(bank.resolve()):
+        raise SamError("S104", name=name, path=folder)
+    return folder
+
+
+def _renamed(card: Expert, name: str) -> Expert:
+    return Expert(**{**card.__dict__, "name": name})
+
+
+def _read_bank_file(path: Path) -> BankFile:
+    file = path / BANK_FILE
+    if not file.is_file():
+        raise SamError("S101", path=path)
+    data = _read_json(file)
+    version = data.get("schema_version")
+    if version != SCHEMA_VERSION:
+        raise SamError("S103", path=path, found=version, known=SCHEMA_VERSION)
+    return from_json(BankFile, data, "S102", path=file)
+
+
+def _read_json(path: Path) -> Dict[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf8"))
+    except (OSError, ValueError) as error:
+        raise SamError("S102", path=path, reason=error) from error
+    if not isinstance(data, dict):
+        raise SamError("S102", path=path, reason="not a JSON object")
+    return data
+
+
+def _write_json(path: Path, data: Mapping[str, Any]) -> None:
+    """Write beside and rename, so that a reader never sees half a file."""
+    staged = path.with_name(f".{path.name}.{os.getpid()}")
+    staged.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf8")
+    os.replace(staged, path)

@@ -1,0 +1,193 @@
+"""The words of the design as frozen dataclasses: experts, selections, task models and plans, to and from JSON."""
+
+import hashlib
+import json
+import math
+from dataclasses import asdict, dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Dict, Mapping, Optional, Tuple, Type, TypeVar, Union
+
+from pydantic import TypeAdapter, ValidationError
+
+from .errors import SamError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """One corpus an expert was trained on."""
+
+    name: str
+    n_records: int
+    labels: Tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Centroid:
+    """Mean of an encoder's embeddings over an expert's training texts, not normalised. `vector` is [dimension]."""
+
+    encoder: str
+    n_texts: int
+    vector: Tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Score:
+    """Strict span scores on one dev set, between 0 and 1."""
+
+    p: float
+    r: float
+    f: float
+    n_docs: int
+
+
+@dataclass(frozen=True)
+class Expert:
+    """An adapter's card: what it knows, what it was made from, and what it must be used with.
+
+    role: "expert" (takes part in selection) or "baseline" (kept for comparison, such as the unified adapter).
+    base_hash: Hash of the base it was trained on; see `bank.hash_base`.
+    lora: rank and alpha of the adapter, for reading; the adapter's own config decides.
+    """
+
+    name: str
+    domain: str
+    labels: Tuple[str, ...]
+    base_hash: str
+    role: str = "expert"
+    corpora: Tuple[Corpus, ...] = ()
+    lora: Dict[str, Any] = field(default_factory=dict)
+    prompt: Dict[str, Any] = field(default_factory=dict)
+    centroid: Optional[Centroid] = None
+    scores: Dict[str, Score] = field(default_factory=dict)
+    training: Dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """A ranking of all experts by one selector: `scores` best first, `chosen` the ones that go into a task model."""
+
+    selector: str
+    scores: Tuple[Tuple[str, float], ...]
+    chosen: Tuple[str, ...]
+    details: Dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class TaskModelSpec:
+    """A task model: experts, a weight for each, and the merge method as a config block (`{"@misc": ..., ...}`).
+
+    No experts at all means the untuned base. Experts are a set: their order never changes the merge, so they are kept
+    sorted by name and equal sets have equal fingerprints.
+    """
+
+    experts: Tuple[str, ...] = ()
+    weights: Tuple[float, ...] = ()
+    method: Dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        weights = tuple(self.weights) or (1.0,) * len(self.experts)
+        bad = len(weights) != len(self.experts) or len(set(self.experts)) != len(self.experts)
+        if bad or not all(math.isfinite(w) for w in weights):
+            raise SamError("S113", experts=list(self.experts), weights=list(self.weights))
+        pairs = sorted(zip(self.experts, weights))
+        object.__setattr__(self, "experts", tuple(name for name, _ in pairs))
+        object.__setattr__(self, "weights", tuple(float(weight) for _, weight in pairs))
+
+    @property
+    def name(self) -> str:
+        """For tables and tooltips."""
+        return " + ".join(self.experts) if self.experts else "base"
+
+    @property
+    def fingerprint(self) -> str:
+        return fingerprint(asdict(self))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to run on a corpus: task models, and the selections they came from.
+
+    base_hash: The bank's base; a plan is refused by a bank with another one.
+    adapter_hashes: Content hash of every adapter that is used, so that a retrained expert makes another plan.
+    labels: The target's labels at selection.
+    sample_size: Texts the selection looked at.
+    """
+
+    base_hash: str
+    task_models: Tuple[TaskModelSpec, ...]
+    adapter_hashes: Dict[str, str] = field(default_factory=dict)
+    selections: Tuple[Selection, ...] = ()
+    strategy: str = ""
+    labels: Tuple[str, ...] = ()
+    sample_size: int = 0
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of what decides the merged weights: the base, the adapters' content, weights and methods."""
+        specs = [asdict(spec) for spec in self.task_models]
+        return fingerprint({"base": self.base_hash, "adapters": self.adapter_hashes, "task_models": specs})
+
+    def to_dict(self) -> Dict[str, Any]:
+        return {**to_json(self), "fingerprint": self.fingerprint}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "Plan":
+        """RAISES: SamError S111 if `data` is not a plan."""
+        fields = {key: value for key, value in data.items() if key != "fingerprint"}
+        return from_json(cls, fields, "S111")
+
+    def to_disk(self, path: Union[str, Path]) -> None:
+        text = json.dumps(self.to_dict(), indent=2, ensure_ascii=False)
+        Path(path).write_text(text + "\n", encoding="utf8")
+
+    @classmethod
+    def from_disk(cls, path: Union[str, Path]) -> "Plan":
+        """RAISES: SamError S111 if the file is not there or not a plan."""
+        try:
+            data = json.loads(Path(path).read_text(encoding="utf8"))
+        except (OSError, ValueError) as error:
+            raise SamError("S111", reason=error) from error
+        if not isinstance(data, dict):
+            raise SamError("S111", reason="not a JSON object")
+        return cls.from_dict(data)
+
+    def __str__(self) -> str:
+        lines = []
+        for selection in self.selections:
+            ranking = ", ".join(f"{name} {score:.3f}" for name, score in selection.scores)
+            lines.append(f"{selection.selector}: {ranking}")
+        for number, spec in enumerate(self.task_models, 1):
+            lines.append(f"task model {number}: {spec.name}")
+        return "\n".join(lines)
+
+
+def fingerprint(data: Any) -> str:
+    """First 16 hex digits of the SHA-256 of the canonical JSON of `data`."""
+    text = json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(text.encode("ascii")).hexdigest()[:16]
+
+
+def to_json(item: Any) -> Dict[str, Any]:
+    """A dataclass as plain JSON types."""
+    return _adapter(type(item)).dump_python(item, mode="json")
+
+
+def from_json(cls: Type[T], data: Any, code: str, **fields: object) -> T:
+    """Build a dataclass from JSON types. RAISES: SamError `code` with `fields` and the reason, if they do not fit."""
+    if isinstance(data, dict):
+        unknown = sorted(set(data) - set(cls.__dataclass_fields__))  # type: ignore[attr-defined]
+        if unknown:
+            raise SamError(code, reason=f"unknown fields {unknown}", **fields)
+    try:
+        return _adapter(cls).validate_python(data)
+    except ValidationError as error:
+        reasons = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
+        raise SamError(code, reason="; ".join(reasons), **fields) from error
+
+
+@lru_cache(maxsize=None)
+def _adapter(cls: type) -> TypeAdapter:
+    return TypeAdapter(cls)

@@ -1,0 +1,159 @@
+"""Supervised fine-tuning of one causal LM on a schedule of batches: full weights or LoRA, by transformers' Trainer."""
+
+import json
+import logging
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Sequence
+
+import torch
+from torch.utils.data import Dataset as TorchDataset
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+from ..errors import SamError
+from .data import IGNORED, Example
+
+logger = logging.getLogger("spacy_sam")
+
+
+@dataclass(frozen=True)
+class SftSettings:
+    """What decides the result of one run; a checkpoint is only continued under the same settings."""
+
+    max_steps: int
+    learning_rate: float
+    tokens_per_batch: int = 4096
+    warmup_steps: int = 50
+    weight_decay: float = 0.01
+    max_grad_norm: float = 1.0
+    gradient_accumulation: int = 1
+    bf16: bool = True
+    seed: int = 0
+
+
+class Schedule(TorchDataset):
+    """Each item is a whole batch, so that Trainer's batch size is one and lengths in a batch are alike."""
+
+    def __init__(self, batches: Sequence[List[Example]]) -> None:
+        self.batches = batches
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, index: int) -> List[Example]:
+        return self.batches[index]
+
+
+class Collator:
+    """Pads on the left, so that the answers end together and only their logits need to be computed."""
+
+    def __init__(self, pad_id: int) -> None:
+        self.pad_id = pad_id
+
+    def __call__(self, items: List[List[Example]]) -> Dict[str, Any]:
+        (examples,) = items
+        width = max(len(e.input_ids) for e in examples)
+        kept = max(len(e.input_ids) - e.n_prompt for e in examples) + 1
+        input_ids = torch.full((len(examples), width), self.pad_id)
+        mask = torch.zeros((len(examples), width), dtype=torch.long)
+        labels = torch.full((len(examples), width), IGNORED)
+        for row, example in enumerate(examples):
+            ids = torch.tensor(example.input_ids)
+            input_ids[row, width - len(ids) :] = ids
+            mask[row, width - len(ids) :] = 1
+            labels[row, width - len(ids) + example.n_prompt :] = ids[example.n_prompt :]
+        positions = (mask.cumsum(1) - 1).clamp_min(0)
+        return {
+            "input_ids": input_ids,
+            "attention_mask": mask,
+            "position_ids": positions,
+            "labels": labels[:, width - kept :],
+            "logits_to_keep": kept,
+        }
+
+
+class SaveEvery(TrainerCallback):
+    """Asks for a checkpoint every few minutes, whatever the speed of the machine."""
+
+    def __init__(self, minutes: float) -> None:
+        self.seconds = minutes * 60
+        self.last = time.monotonic()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if time.monotonic() - self.last >= self.seconds:
+            control.should_save = True
+            self.last = time.monotonic()
+        return control
+
+
+def fine_tune(
+    model: Any,
+    tokenizer: Any,
+    batches: Sequence[List[Example]],
+    work: Path,
+    settings: SftSettings,
+    *,
+    save_minutes: float = 3.0,
+    progress: bool = True,
+) -> float:
+    """Train `model` in place on the schedule; continue from the last checkpoint in `work` if there is one.
+
+    model: A causal LM, or a PeftModel around one.
+    tokenizer: Its tokenizer, with a pad token.
+    batches (Sequence[List[Example]]): One micro-batch for each step and accumulation.
+    work (Path): Folder for checkpoints (not the result).
+    settings (SftSettings): Hyper-parameters.
+    RETURNS (float): Mean training loss.
+    RAISES: SamError S605 if `work` holds a run with other settings.
+    """
+    _check_same_run(work, settings)
+    args = TrainingArguments(
+        output_dir=str(work),
+        max_steps=settings.max_steps,
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=settings.gradient_accumulation,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=settings.warmup_steps,
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.max_grad_norm,
+        bf16=settings.bf16,
+        use_cpu=not torch.cuda.is_available(),
+        seed=settings.seed,
+        data_seed=settings.seed,
+        save_strategy="steps",
+        save_steps=max(settings.max_steps, 1),
+        save_total_limit=2,
+        logging_steps=20,
+        report_to="none",
+        disable_tqdm=not progress,
+        remove_unused_columns=False,
+        dataloader_pin_memory=False,
+    )
+    trainer = Trainer(
+        model=model,
+        args=args,
+        data_collator=Collator(tokenizer.pad_token_id),
+        train_dataset=Schedule(batches),
+        callbacks=[SaveEvery(save_minutes)],
+    )
+    checkpoint: Optional[str] = get_last_checkpoint(str(work)) if work.is_dir() else None
+    if checkpoint:
+        logger.info("Continuing from %s", checkpoint)
+    result = trainer.train(resume_from_checkpoint=checkpoint)
+    return float(result.training_loss)
+
+
+def _check_same_run(work: Path, settings: SftSettings) -> None:
+    path = work / "settings.json"
+    wanted = asdict(settings)
+    if path.is_file():
+        found = json.loads(path.read_text(encoding="utf8"))
+        changed = sorted(key for key in wanted if found.get(key) != wanted[key])
+        if changed:
+            raise SamError("S605", path=work, changed=", ".join(changed))
+    else:
+        work.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(wanted, indent=2), encoding="utf8")
