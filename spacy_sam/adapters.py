@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Dict, Mapping, Tuple
@@ -85,7 +86,7 @@ def read_adapter_config(folder: Path, name: str) -> Dict[str, Any]:
     try:
         config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf8"))
         rank, alpha = config["r"], config["lora_alpha"]
-        valid = isinstance(rank, int) and rank > 0 and isinstance(alpha, (int, float))
+        valid = isinstance(rank, int) and rank > 0 and isinstance(alpha, (int, float)) and math.isfinite(alpha)
     except (ValueError, KeyError, TypeError) as error:
         raise SamError("S107", name=name, problem=f"{CONFIG_FILE} cannot be read ({error!r})") from error
     if not valid:

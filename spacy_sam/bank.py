@@ -6,13 +6,13 @@ import os
 import re
 import shutil
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Mapping, Optional, Tuple, Union
 
 from .adapters import Adapter, hash_adapter, read_adapter, read_adapter_config
 from .errors import SamError
-from .plan import Expert, from_json, to_json
+from .plan import Expert, Strict, from_json, to_json
 
 SCHEMA_VERSION = 1
 BANK_FILE, CARD_FILE, EXPERTS_DIR = "bank.json", "card.json", "experts"
@@ -20,7 +20,7 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 
 
 @dataclass(frozen=True)
-class BankFile:
+class BankFile(Strict):
     """What `bank.json` says. `base` is a folder inside the bank, a path, or a hub id (with `revision`)."""
 
     base: str
@@ -66,8 +66,11 @@ class ExpertBank:
         path = Path(path)
         path.mkdir(parents=True, exist_ok=True)
         inside = path / base
-        base_hash = hash_base(inside if inside.is_dir() else Path(base)) if not _is_hub_id(path, base) else f"{base}@{revision}"
-        file = BankFile(base, base_hash, dict(prompt), encoder, revision=revision, name=name, details=dict(details or {}))
+        local = next((folder for folder in (inside, Path(base)) if folder.is_dir()), None)
+        base_hash = hash_base(local) if local else _hub_hash(base, revision)
+        file = BankFile(
+            base, base_hash, dict(prompt), encoder, revision=revision, name=name, details=dict(details or {})
+        )
         _write_json(path / BANK_FILE, to_json(file))
         return cls(path)
 
@@ -139,13 +142,11 @@ class ExpertBank:
         """Validate everything, weights included.
 
         RETURNS (List[str]): The names of the experts checked.
-        RAISES: SamError S104 to S107 and S110 at the first thing that is wrong.
+        RAISES: SamError S104 to S107, S110, S403 or S503 at the first thing that is wrong.
         """
         base = Path(self.base[0])
-        shapes: Optional[Dict[str, Tuple[int, ...]]] = None
-        if base.is_dir():
-            self.check_base()
-            shapes = base_shapes(base)
+        self.check_base()
+        shapes = base_shapes(base) if base.is_dir() else None
         for name in self._cards:
             adapter = self.load_adapter(name)
             if shapes is not None:
@@ -153,8 +154,10 @@ class ExpertBank:
         return sorted(self._cards)
 
     def check_base(self) -> None:
-        """RAISES: SamError S110 if the base on disk is not the one the experts were trained on."""
+        """RAISES: SamError S110 if the base on disk is not the one the experts were trained on, S503 if it is gone."""
         base = Path(self.base[0])
+        if not base.is_dir() and self.base_hash != _hub_hash(*self.base):
+            raise SamError("S503", path=base, reason="there is no such folder")
         if base.is_dir():
             found = hash_base(base)
             if found != self.base_hash:
@@ -166,11 +169,12 @@ class ExpertBank:
         name (str): Its name here.
         adapter (Union[str, Path]): A PEFT folder with safetensors weights.
         card (Expert): Its card; `card.name` is replaced by `name`.
-        RAISES: SamError S109 or S114 for the name, S105 to S107 if it cannot be merged. The bank is then unchanged.
+        RAISES: SamError S109 or S114 for the name, S102 for the card, S105 to S107 or S403 if it cannot be merged.
+            The bank is then unchanged.
         """
         if not NAME.fullmatch(name):
             raise SamError("S114", name=name)
-        if name in self._cards:
+        if name in self._cards or name in _read_bank_file(self.path).experts:
             raise SamError("S109", name=name)
         if card.base_hash != self.base_hash:
             raise SamError("S105", name=name, found=card.base_hash, expected=self.base_hash)
@@ -180,36 +184,44 @@ class ExpertBank:
         if base.is_dir():
             loaded.check_shapes(base_shapes(base), name)
         target = self.path / EXPERTS_DIR / name
+        checked = from_json(Expert, asdict(replace(card, name=name)), "S102", path=target / CARD_FILE)
         target.parent.mkdir(parents=True, exist_ok=True)
         staged = Path(tempfile.mkdtemp(prefix=".adding-", dir=target.parent))
         try:
             for file in ("adapter_config.json", "adapter_model.safetensors"):
                 shutil.copyfile(source / file, staged / file)
-            _write_json(staged / CARD_FILE, to_json(_renamed(card, name)))
+            _write_json(staged / CARD_FILE, to_json(checked))
             if target.exists():  # left over from an add that was stopped: bank.json does not know it
                 shutil.rmtree(target)
             os.replace(staged, target)
         finally:
             shutil.rmtree(staged, ignore_errors=True)
-        self._write_names(self._file.experts + (name,))
+        self._write_names(added=name)
         self._cards[name] = self._read_card(name)
 
     def remove(self, name: str) -> None:
         """Remove an expert and its folder. RAISES: SamError S108 if there is none of that name."""
         folder = self.folder(name)
-        self._write_names(tuple(other for other in self._file.experts if other != name))
+        self._write_names(removed=name)
         del self._cards[name]
         shutil.rmtree(folder)
 
     def update_card(self, card: Expert) -> None:
-        """Replace the card of an expert that is in the bank."""
-        _write_json(self.folder(card.name) / CARD_FILE, to_json(card))
+        """Replace the card of an expert that is in the bank.
+
+        RAISES: SamError S108 if there is none of that name, S102 or S105 for the card. The bank is then unchanged.
+        """
+        file = self.folder(card.name) / CARD_FILE
+        if card.base_hash != self.base_hash:
+            raise SamError("S105", name=card.name, found=card.base_hash, expected=self.base_hash)
+        _write_json(file, to_json(from_json(Expert, asdict(card), "S102", path=file)))
         self._cards[card.name] = self._read_card(card.name)
 
-    def _write_names(self, names: Tuple[str, ...]) -> None:
-        data = {**to_json(self._file), "experts": sorted(names)}
-        _write_json(self.path / BANK_FILE, data)
-        self._file = _read_bank_file(self.path)
+    def _write_names(self, added: Optional[str] = None, removed: Optional[str] = None) -> None:
+        file = _read_bank_file(self.path)  # again: another process may have changed the bank since it was opened
+        names = {*file.experts, *filter(None, [added])} - {removed}
+        self._file = replace(file, experts=tuple(sorted(names)))
+        _write_json(self.path / BANK_FILE, to_json(self._file))
 
     def _read_card(self, name: str) -> Expert:
         if not NAME.fullmatch(name):
@@ -218,6 +230,8 @@ class ExpertBank:
         if not (folder / CARD_FILE).is_file():
             raise SamError("S104", name=name, path=folder / CARD_FILE)
         card = from_json(Expert, _read_json(folder / CARD_FILE), "S102", path=folder / CARD_FILE)
+        if card.name != name:
+            raise SamError("S102", path=folder / CARD_FILE, reason=f"it is the card of '{card.name}'")
         if card.base_hash != self.base_hash:
             raise SamError("S105", name=name, found=card.base_hash, expected=self.base_hash)
         read_adapter_config(folder, name)
@@ -275,8 +289,8 @@ def _read_header(stream: Any, path: Path) -> Tuple[Dict[str, Any], int]:
     return header, 8 + size
 
 
-def _is_hub_id(bank: Path, base: str) -> bool:
-    return not (bank / base).is_dir() and not Path(base).is_dir()
+def _hub_hash(base: str, revision: Optional[str]) -> str:
+    return f"{base}@{revision}"
 
 
 def _inside(bank: Path, name: str) -> Path:
@@ -284,10 +298,6 @@ def _inside(bank: Path, name: str) -> Path:
     if not folder.resolve().is_relative_to(bank.resolve()):
         raise SamError("S104", name=name, path=folder)
     return folder
-
-
-def _renamed(card: Expert, name: str) -> Expert:
-    return Expert(**{**card.__dict__, "name": name})
 
 
 def _read_bank_file(path: Path) -> BankFile:
@@ -298,7 +308,10 @@ def _read_bank_file(path: Path) -> BankFile:
     version = data.get("schema_version")
     if version != SCHEMA_VERSION:
         raise SamError("S103", path=path, found=version, known=SCHEMA_VERSION)
-    return from_json(BankFile, data, "S102", path=file)
+    bank = from_json(BankFile, data, "S102", path=file)
+    if len(set(bank.experts)) != len(bank.experts):
+        raise SamError("S102", path=file, reason="it names an expert twice")
+    return bank
 
 
 def _read_json(path: Path) -> Dict[str, Any]:

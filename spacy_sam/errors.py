@@ -28,6 +28,7 @@ MESSAGES = {
     "S114": "Expert name '{name}' is not usable: use 1 to 64 of the characters a-z, A-Z, 0-9, '_', '-' and '.', "
     "starting with a letter or digit.",
     "S115": "The bundled bank is not in this installation. Reinstall spacy-sam, or set 'bank' to a bank folder.",
+    "S116": "The plan was made with another version of expert '{name}' than the bank holds now. Select again.",
     # Prompts, windows, alignment
     "S201": "Unknown prompt format '{name}'. This version of spacy-sam knows: {known}.",
     "S202": "Labels must be {expected}, got {found}.",
@@ -47,6 +48,10 @@ MESSAGES = {
     "S401": "{name} must be {expected}, got {found}.",
     "S402": "Cannot merge '{matrix}': the experts' task vectors have shapes {shapes}.",
     "S403": "The base has no weight '{matrix}', which expert '{expert}' changes.",
+    "S404": "Expert '{expert}' changes '{matrix}', which this base shares with '{other}' (tied weights): merging "
+    "would change both. Train the expert without that layer.",
+    "S405": "Expert '{expert}' changes '{matrix}', which the base keeps as {dtype}. Task vectors can only be added to "
+    "weights in float16, bfloat16, float32 or float64: load a base that is not quantised.",
     # Generation
     "S501": "Device '{device}' is not available here: {reason}. Set 'device' to 'cpu', or leave it empty for the best one there is.",
     "S502": "Unknown dtype '{dtype}'. Use one of: {known}.",
@@ -59,6 +64,8 @@ MESSAGES = {
     "S603": "{path}, line {line}: {problem}.",
     "S604": "{path} has no texts to train on.",
     "S605": "{path} holds a run with other settings ({changed}). Continue it with the same config, or give another folder.",
+    "S606": "No training example can be made of {names}: {reason}. "
+    "Give corpora with annotated texts, or raise 'max_length'.",
     # Component
     "S701": "There is no plan yet and selection is 'manual'. Call nlp.get_pipe('{name}').select(texts) first, "
     "or load a pipeline that was saved with a plan.",

@@ -4,19 +4,25 @@ import hashlib
 import json
 import math
 from dataclasses import asdict, dataclass, field
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any, Dict, Mapping, Optional, Tuple, Type, TypeVar, Union
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from .errors import SamError
 
 T = TypeVar("T")
 
 
+class Strict:
+    """What is read from JSON has no unknown fields, at any depth: a misspelt one would silently be its default."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+
 @dataclass(frozen=True)
-class Corpus:
+class Corpus(Strict):
     """One corpus an expert was trained on."""
 
     name: str
@@ -25,7 +31,7 @@ class Corpus:
 
 
 @dataclass(frozen=True)
-class Centroid:
+class Centroid(Strict):
     """Mean of an encoder's embeddings over an expert's training texts, not normalised. `vector` is [dimension]."""
 
     encoder: str
@@ -34,7 +40,7 @@ class Centroid:
 
 
 @dataclass(frozen=True)
-class Score:
+class Score(Strict):
     """Strict span scores on one dev set, between 0 and 1."""
 
     p: float
@@ -44,7 +50,7 @@ class Score:
 
 
 @dataclass(frozen=True)
-class Expert:
+class Expert(Strict):
     """An adapter's card: what it knows, what it was made from, and what it must be used with.
 
     role: "expert" (takes part in selection) or "baseline" (kept for comparison, such as the unified adapter).
@@ -66,7 +72,7 @@ class Expert:
 
 
 @dataclass(frozen=True)
-class Selection:
+class Selection(Strict):
     """A ranking of all experts by one selector: `scores` best first, `chosen` the ones that go into a task model."""
 
     selector: str
@@ -76,7 +82,7 @@ class Selection:
 
 
 @dataclass(frozen=True)
-class TaskModelSpec:
+class TaskModelSpec(Strict):
     """A task model: experts, a weight for each, and the merge method as a config block (`{"@misc": ..., ...}`).
 
     No experts at all means the untuned base. Experts are a set: their order never changes the merge, so they are kept
@@ -107,7 +113,7 @@ class TaskModelSpec:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Plan(Strict):
     """What to run on a corpus: task models, and the selections they came from.
 
     base_hash: The bank's base; a plan is refused by a bank with another one.
@@ -177,10 +183,6 @@ def to_json(item: Any) -> Dict[str, Any]:
 
 def from_json(cls: Type[T], data: Any, code: str, **fields: object) -> T:
     """Build a dataclass from JSON types. RAISES: SamError `code` with `fields` and the reason, if they do not fit."""
-    if isinstance(data, dict):
-        unknown = sorted(set(data) - set(cls.__dataclass_fields__))  # type: ignore[attr-defined]
-        if unknown:
-            raise SamError(code, reason=f"unknown fields {unknown}", **fields)
     try:
         return _adapter(cls).validate_python(data)
     except ValidationError as error:
@@ -188,6 +190,6 @@ def from_json(cls: Type[T], data: Any, code: str, **fields: object) -> T:
         raise SamError(code, reason="; ".join(reasons), **fields) from error
 
 
-@lru_cache(maxsize=None)
+@cache
 def _adapter(cls: type) -> TypeAdapter:
     return TypeAdapter(cls)

@@ -5,12 +5,11 @@ be cached), a *body* (the text) and, in training, an *answer*. Each part is toke
 between them never moves, and every mention keeps the leading space it has in the text: copying is then token by token.
 """
 
+import re
 from dataclasses import dataclass
-from typing import Callable, Dict, Iterable, List, NamedTuple, Sequence, Tuple
+from typing import Any, ClassVar, Dict, Iterable, List, Mapping, NamedTuple, Sequence, Tuple, Type
 
 from .errors import SamError
-
-MAX_LABEL_LENGTH = 100
 
 
 class Mention(NamedTuple):
@@ -30,7 +29,10 @@ class Parsed(NamedTuple):
 
 
 def flatten_text(text: str) -> str:
-    """Replace each white-space character by one space, so that an answer keeps to its line. Offsets do not move."""
+    """Replace each white-space character by one space, so that an answer keeps to its line. Offsets do not move.
+
+    White space takes in every character at which `str.splitlines` ends a line, such as \\x85 and \\u2028.
+    """
     return "".join(" " if char.isspace() else char for char in text)
 
 
@@ -39,7 +41,7 @@ class LinesFormat:
     """One line for each entity, in order of appearance: ` surface | label`. The answer ends with the end token."""
 
     instruction: str = ""
-    name = "spacy_sam.Lines.v1"
+    name: ClassVar[str] = "spacy_sam.Lines.v1"
 
     def prefix(self, labels: Sequence[str]) -> str:
         return f"{self.instruction}Types: {'; '.join(labels)}\nText:"
@@ -54,10 +56,11 @@ class LinesFormat:
     def parse(self, completion: str, labels: Sequence[str]) -> Parsed:
         mentions: List[Mention] = []
         n_malformed = 0
-        known = {f" | {label}": label for label in labels}
+        # The longest first: "x | a | b" is of type "a | b" if there is one, whatever the order of the labels.
+        known = {f" | {label}".rstrip(): label for label in sorted(labels, key=len, reverse=True)}
         offset = 0
-        for line in completion.splitlines(keepends=True):
-            content = line.rstrip("\r\n")
+        for line in re.split(r"(?<=\n)", completion):  # splitlines would also split at \x85, \u2028 and the like
+            content = line.rstrip()
             ending = next((e for e in known if content.endswith(e)), None)
             surface = content[: -len(ending)].strip() if ending else ""
             if ending and surface:
@@ -68,33 +71,64 @@ class LinesFormat:
         return Parsed(mentions, n_malformed)
 
 
-@dataclass(frozen=True)
-class GroupedFormat:
-    """One line for each type found: `label: surface; surface`."""
-
-    instruction: str = ""
-    name = "spacy_sam.Grouped.v1"
-    prefix = LinesFormat.prefix
-    body = LinesFormat.body
-
-    def answer(self, text: str, entities: Iterable[Tuple[int, int, str]]) -> str:
-        flat = flatten_text(text)
-        groups: Dict[str, List[str]] = {}
-        for start, end, label in sorted(entities):
-            groups.setdefault(label, []).append(flat[start:end])
-        return "".join(f" {label}: {'; '.join(s)}\n" for label, s in groups.items())
-
-    def parse(self, completion: str, labels: Sequence[str]) -> Parsed:
-        mentions: List[Mention] = []
-        n_malformed = 0
-        for line in completion.splitlines():
-            label = next((l for l in labels if line.strip().startswith(f"{l}:")), None)
-            if label is None:
-                n_malformed += bool(line.strip())
-                continue
-            for surface in line.strip()[len(label) + 1 :].split("; "):
-                if surface.strip():
-                    mentions.append(Mention(label, surface.strip()))
-        return Parsed(mentions, n_malformed)
-
 PromptFormat = LinesFormat
+FORMATS: Dict[str, Type[LinesFormat]] = {LinesFormat.name: LinesFormat}
+
+
+def make_format(settings: Mapping[str, Any]) -> PromptFormat:
+    """The prompt format that a bank names. RAISES: SamError S201 if this version does not know it."""
+    options = {key: value for key, value in settings.items() if key != "name"}
+    name = settings.get("name")
+    if name not in FORMATS:
+        raise SamError("S201", name=name, known=", ".join(FORMATS))
+    try:
+        return FORMATS[name](**options)
+    except TypeError as error:
+        raise SamError("S201", name=f"{name} with {sorted(options)}", known=", ".join(FORMATS)) from error
+
+
+class PromptEncoder:
+    """Tokenises the parts of a prompt for one tokenizer and format.
+
+    Text is never read as special tokens, so a document that contains the end token's name is only text.
+    """
+
+    def __init__(self, tokenizer: Any, prompt_format: PromptFormat) -> None:
+        """tokenizer: A fast transformers tokenizer with an end token. prompt_format: The bank's format."""
+        self.tokenizer = tokenizer
+        self.format = prompt_format
+
+    def plain(self, text: str) -> List[int]:
+        return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+
+    def prefix(self, labels: Sequence[str]) -> List[int]:
+        start = [self.tokenizer.bos_token_id] if self.tokenizer.bos_token_id is not None else []
+        return start + self.plain(self.format.prefix(labels))
+
+    def body(self, text: str) -> List[int]:
+        return self.plain(self.format.body(text))
+
+    def answer(self, text: str, entities: Iterable[Tuple[int, int, str]]) -> List[int]:
+        return self.plain(self.format.answer(text, entities)) + [self.tokenizer.eos_token_id]
+
+    def starts(self, text: str) -> List[int]:
+        """Character starts of the tokens of `text`, ascending and without repeats."""
+        encoded = self.tokenizer(
+            text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True, verbose=False
+        )
+        return sorted({start for start, _ in encoded["offset_mapping"]})
+
+    def decode(self, tokens: Sequence[int]) -> Tuple[str, List[int]]:
+        """Text of generated tokens, and the character at which each one ends in it."""
+        text = self._text(tokens)
+        pieces = [self._text([token]) for token in tokens]
+        if "".join(pieces) == text:
+            ends = [0]
+            for piece in pieces:
+                ends.append(ends[-1] + len(piece))
+            return text, ends[1:]
+        # Characters that are spread over tokens: measure every beginning.
+        return text, [min(len(self._text(tokens[: i + 1])), len(text)) for i in range(len(tokens))]
+
+    def _text(self, tokens: Sequence[int]) -> str:
+        return self.tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False)

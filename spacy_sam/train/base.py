@@ -9,26 +9,36 @@ can then be learned.
 
 from collections import Counter
 from pathlib import Path
-from typing import Any, Dict, Iterable, Iterator, List
+from typing import Any, Dict, Iterable, Iterator, List, Optional
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoModel, AutoTokenizer, OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModel,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 PAD, END = "<|pad|>", "<|end|>"
 POSITION_OFFSET = 2  # OPT keeps its first two position vectors free
 
 
-def build_tokenizer(texts: Iterable[str], vocab_size: int, encoder_path: Path, max_length: int) -> PreTrainedTokenizerFast:
-    """Learn a cased byte-level BPE vocabulary from texts and from the words the encoder knows.
+def build_tokenizer(
+    texts: Iterable[str], vocab_size: int, max_length: int, encoder_path: Optional[Path] = None
+) -> PreTrainedTokenizerFast:
+    """Learn a cased byte-level BPE vocabulary from texts and, if there is an encoder, from the words it knows.
 
     The encoder's words (in vocabulary order, which is by frequency) are counted in by Zipf's law, as they are and
     capitalised, so that general English gets whole tokens even where `texts` come from narrow domains.
 
     texts (Iterable[str]): Training texts.
     vocab_size (int): Number of tokens, special ones included.
-    encoder_path (Path): Folder of the encoder with its tokenizer.
     max_length (int): The base's context in tokens.
+    encoder_path (Optional[Path]): Folder of the encoder with its tokenizer.
     RETURNS (PreTrainedTokenizerFast): Lossless on any text; pad and end tokens set.
     """
     tokenizer = Tokenizer(models.BPE())
@@ -40,7 +50,8 @@ def build_tokenizer(texts: Iterable[str], vocab_size: int, encoder_path: Path, m
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(_with_general_words(texts, encoder_path), trainer)
+    spaced = (f" {text}" for text in texts)
+    tokenizer.train_from_iterator(_with_general_words(spaced, encoder_path) if encoder_path else spaced, trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token=PAD,
@@ -51,11 +62,28 @@ def build_tokenizer(texts: Iterable[str], vocab_size: int, encoder_path: Path, m
     )
 
 
+def random_llama(tokenizer: PreTrainedTokenizerFast, hidden_size: int, n_layers: int, n_heads: int) -> LlamaForCausalLM:
+    """A small Llama from nothing, for trying things out. RETURNS (LlamaForCausalLM): float32, embeddings tied."""
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=hidden_size,
+        intermediate_size=4 * hidden_size,
+        num_hidden_layers=n_layers,
+        num_attention_heads=n_heads,
+        max_position_embeddings=tokenizer.model_max_length,
+        tie_word_embeddings=True,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    return LlamaForCausalLM(config)
+
+
 def _with_general_words(texts: Iterable[str], encoder_path: Path) -> Iterator[str]:
     n_words = 0
     for text in texts:
         n_words += text.count(" ") + 1
-        yield " " + text
+        yield text
     vocab = AutoTokenizer.from_pretrained(encoder_path, local_files_only=True).get_vocab()
     words = [word for word, _ in sorted(vocab.items(), key=lambda item: item[1]) if word.isalpha() and len(word) > 1]
     harmonic = sum(1 / (rank + 50) for rank in range(len(words)))

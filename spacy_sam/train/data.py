@@ -3,15 +3,18 @@
 import json
 import math
 import random
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Dict, Iterable, Iterator, List, Sequence, Tuple
 
 from ..errors import SamError
-from ..prompts import PromptFormat
+from ..prompts import PromptEncoder
 
 Entity = Tuple[int, int, str]
 CONLL_SUFFIXES = (".conll", ".bio", ".iob")
+IOB_TAG = re.compile(r"O|[BI]-.+")
+MAX_TRIED = 5000  # examples drawn in a row of which none fits, before the settings are found impossible
 IGNORED = -100  # the label id that torch's cross entropy leaves out
 
 
@@ -52,24 +55,38 @@ def read_records(path: Path) -> List[Record]:
 
 
 def _read_jsonl(path: Path) -> Iterator[Record]:
-    with path.open(encoding="utf8") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                yield _to_record(json.loads(line))
-            except (ValueError, KeyError, TypeError) as error:
-                problem = f"not a JSON object with 'text' and 'entities' ({error!r})"
-                raise SamError("S603", path=path, line=number, problem=problem) from error
+    for number, line in _read_lines(path):
+        if not line.strip():
+            continue
+        try:
+            yield _to_record(json.loads(line))
+        except (ValueError, KeyError, TypeError) as error:
+            problem = f"not a JSON object with 'text' and 'entities' ({error!r})"
+            raise SamError("S603", path=path, line=number, problem=problem) from error
+
+
+def _read_lines(path: Path) -> Iterator[Tuple[int, str]]:
+    """Numbered lines of a UTF-8 file, with or without a byte order mark."""
+    number = 0
+    try:
+        with path.open(encoding="utf-8-sig") as file:
+            for number, line in enumerate(file, 1):
+                yield number, line
+    except UnicodeDecodeError as error:
+        raise SamError("S603", path=path, line=number + 1, problem=f"not UTF-8 from here on ({error})") from error
 
 
 def _to_record(row: Dict[str, Any]) -> Record:
     text = row["text"]
-    entities = sorted((int(start), int(end), str(label)) for start, end, label in row["entities"])
-    for start, end, label in entities:
-        if not (0 <= start < end <= len(text)) or not label:
-            raise ValueError(f"entity {(start, end, label)} outside the text")
-    return Record(text, tuple(entities))
+    if not isinstance(text, str):
+        raise TypeError(f"text {text!r} is not a string")
+    text.encode("utf8")  # half a surrogate pair is valid JSON and cannot be tokenised
+    for start, end, label in row["entities"]:
+        if type(start) is not int or type(end) is not int or not isinstance(label, str) or not label:
+            raise TypeError(f"entity {[start, end, label]} is not [start, end, label]")
+        if not 0 <= start < end <= len(text):
+            raise ValueError(f"entity {[start, end, label]} outside the text")
+    return Record(text, tuple(sorted((start, end, label) for start, end, label in row["entities"])))
 
 
 def _read_docbin(path: Path) -> Iterator[Record]:
@@ -80,29 +97,29 @@ def _read_docbin(path: Path) -> Iterator[Record]:
         docs = DocBin().from_disk(path).get_docs(spacy.blank("xx").vocab)
         for doc in docs:
             yield Record(doc.text, tuple((e.start_char, e.end_char, e.label_) for e in doc.ents))
-    except (ValueError, KeyError, EOFError, OSError) as error:
+    except (ValueError, TypeError, KeyError, EOFError, OSError) as error:
         raise SamError("S603", path=path, line=0, problem=f"not a DocBin ({error!r})") from error
 
 
 def _read_conll(path: Path) -> Iterator[Record]:
     sentence: List[Tuple[str, str]] = []
-    with path.open(encoding="utf8") as file:
-        for number, line in enumerate(file, 1):
-            columns = line.split()
-            if not columns or columns[0] == "-DOCSTART-":
-                yield from _close_sentence(sentence)
-                sentence = []
-            elif len(columns) < 2:
-                raise SamError("S603", path=path, line=number, problem="needs a token and an IOB tag")
-            else:
-                sentence.append((columns[0], columns[-1]))
+    for number, line in _read_lines(path):
+        columns = line.strip(" \t\n").replace("\t", " ").split(" ")  # a token may hold other kinds of white space
+        if columns[0] in ("", "-DOCSTART-"):
+            yield from _close_sentence(sentence)
+            sentence = []
+        elif len(columns) < 2 or not IOB_TAG.fullmatch(columns[-1]):
+            raise SamError("S603", path=path, line=number, problem="needs a token first and an IOB tag last")
+        else:
+            sentence.append((columns[0], columns[-1]))
     yield from _close_sentence(sentence)
 
 
 def _close_sentence(sentence: Sequence[Tuple[str, str]]) -> Iterator[Record]:
     if not sentence:
         return
-    text, entities, previous = "", [], "O"
+    text, previous = "", "O"
+    entities: List[Entity] = []
     for token, tag in sentence:
         text += " " if text else ""
         start = len(text)
@@ -132,7 +149,7 @@ def ask(dataset: Dataset, record: Record, rng: random.Random, max_labels: int) -
     Half the time all types of the corpus (up to `max_labels`), else a few: present and absent ones, shuffled. Types that
     are not asked are left out of the answer, so "nothing of this type" is learned.
     """
-    present = sorted({label for _, _, label in record.entities})
+    present = sorted({label for _, _, label in record.entities if label in dataset.labels})
     absent = [label for label in dataset.labels if label not in present]
     if rng.random() < 0.5:
         asked = present + absent
@@ -153,30 +170,10 @@ class Example:
     n_prompt: int
 
 
-class PromptEncoder:
-    """Tokenises the parts of a prompt for one tokenizer and format.
-
-    Text is never read as special tokens, so a document that contains the end token's name is only text.
-    """
-
-    def __init__(self, tokenizer: Any, prompt_format: PromptFormat) -> None:
-        self.tokenizer = tokenizer
-        self.format = prompt_format
-
-    def plain(self, text: str) -> List[int]:
-        return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-
-    def prefix(self, labels: Sequence[str]) -> List[int]:
-        start = [self.tokenizer.bos_token_id] if self.tokenizer.bos_token_id is not None else []
-        return start + self.plain(self.format.prefix(labels))
-
-    def body(self, text: str) -> List[int]:
-        return self.plain(self.format.body(text))
-
-    def example(self, labels: Sequence[str], text: str, entities: Iterable[Entity]) -> Example:
-        prompt = self.prefix(labels) + self.body(text)
-        answer = self.plain(self.format.answer(text, entities)) + [self.tokenizer.eos_token_id]
-        return Example(prompt + answer, len(prompt))
+def encode_example(encoder: PromptEncoder, labels: Sequence[str], text: str, entities: Iterable[Entity]) -> Example:
+    """Tokenise one prompt and its answer, end token included."""
+    prompt = encoder.prefix(labels) + encoder.body(text)
+    return Example(prompt + encoder.answer(text, entities), len(prompt))
 
 
 def draw_batches(
@@ -193,21 +190,35 @@ def draw_batches(
 
     Corpora are drawn by the square root of their size, so that small ones are seen; each corpus is shuffled, and again
     when used up. The schedule depends on the arguments alone, so a resumed run meets the same batches.
+
+    RETURNS (List[List[Example]]): No example is longer than `max_length`; one that is over the budget by itself has a
+        batch of its own.
+    RAISES: SamError S606 if there is nothing to draw from, or nothing fits.
     """
+    names = ", ".join(dataset.name for dataset in datasets) or "no corpora"
+    datasets = [dataset for dataset in datasets if dataset.records and dataset.labels]
+    if not datasets:
+        raise SamError("S606", names=names, reason="no corpus has both texts and entity types")
     rng = random.Random(seed)
     streams = [_endless(dataset, rng) for dataset in datasets]
     weights = [math.sqrt(len(dataset.records)) for dataset in datasets]
     batches: List[List[Example]] = []
     pool_size = max(64, 16 * tokens_per_batch // 128)
+    n_tried = 0
     while len(batches) < n_batches:
         pool: List[Example] = []
         while len(pool) < pool_size:
             index = rng.choices(range(len(datasets)), weights)[0]
             record = next(streams[index])
             labels, entities = ask(datasets[index], record, rng, max_labels)
-            example = encoder.example(labels, record.text, entities)
+            example = encode_example(encoder, labels, record.text, entities)
+            n_tried += 1
             if labels and len(example.input_ids) <= max_length:
                 pool.append(example)
+                n_tried = 0
+            elif n_tried == MAX_TRIED:
+                reason = f"of {MAX_TRIED} drawn, none fits {max_length} tokens with up to {max_labels} types asked"
+                raise SamError("S606", names=names, reason=reason)
         filled = list(_fill(sorted(pool, key=lambda e: len(e.input_ids)), tokens_per_batch))
         rng.shuffle(filled)
         batches.extend(filled)

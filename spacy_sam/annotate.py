@@ -1,0 +1,116 @@
+"""Windows in, candidate entities out: prompts, generation, parsing, alignment and the union of the task models."""
+
+from dataclasses import dataclass
+from typing import Dict, Iterable, List, Sequence, Tuple
+
+from .align import Candidate, Placed, Scored, align, union
+from .errors import SamError
+from .generate.engine import Completion, Engine, Request
+from .plan import TaskModelSpec
+from .prompts import PromptFormat
+from .select.base import Found
+from .windows import Window
+
+MAX_LABEL_LENGTH = 100
+MIN_ROOM = 32  # tokens that text and answer need beside the prompt
+
+
+@dataclass
+class Counts:
+    """What happened to the answers, for logs and reports.
+
+    dropped: Mentions that are not in the text. malformed: Lines that are not in the format.
+    unfinished: Answers that reached the token limit; their last line is left out.
+    """
+
+    windows: int = 0
+    mentions: int = 0
+    dropped: int = 0
+    malformed: int = 0
+    unfinished: int = 0
+
+
+class Annotator:
+    """Asks an engine's task models for labelled spans. Holds no documents and no state but counts."""
+
+    def __init__(self, engine: Engine, prompt_format: PromptFormat) -> None:
+        self.engine = engine
+        self.format = prompt_format
+        self.counts = Counts()
+
+    def window_size(self, labels: Sequence[str], wanted: int) -> int:
+        """Tokens a window may have: `wanted`, or what the labels leave of the model's context.
+
+        Half of what is left after the prompt is kept for the answer.
+        RAISES: SamError S204 if the labels leave no room.
+        """
+        n_prefix = self.engine.prompt_length(labels)
+        left = self.engine.context - n_prefix
+        if left < MIN_ROOM:
+            raise SamError("S204", n_prefix=n_prefix, left=left, context=self.engine.context, needed=MIN_ROOM)
+        return min(wanted, left // 2)
+
+    def first_window(self, text: str, size: int) -> str:
+        """The beginning of a text, at most `size` tokens of it: enough to judge experts by."""
+        starts = self.engine.token_starts(text)
+        return text[: starts[size]] if len(starts) > size else text
+
+    def annotate(
+        self, specs: Sequence[TaskModelSpec], labels: Sequence[str], windows: Sequence[Window]
+    ) -> List[List[Candidate]]:
+        """Annotate windows with every task model.
+
+        specs (Sequence[TaskModelSpec]): The task models, in plan order.
+        labels (Sequence[str]): What to ask.
+        windows (Sequence[Window]): Pieces of documents, of any documents.
+        RETURNS (List[List[Candidate]]): The union for each window; offsets are characters of the document, and
+            `sources` index `specs`.
+        """
+        answers = [self._answers(spec, labels, windows) for spec in specs]
+        return [union(*(answer[i] for answer in answers)) for i in range(len(windows))]
+
+    def found(self, spec: TaskModelSpec, labels: Sequence[str], texts: Sequence[str]) -> List[Found]:
+        """One task model's strict spans in some short texts, as selectors want them."""
+        answers = self._answers(spec, labels, [Window(text, 0) for text in texts])
+        return [frozenset((p.start, p.end, p.label) for p in placed) for placed in answers]
+
+    def _answers(self, spec: TaskModelSpec, labels: Sequence[str], windows: Sequence[Window]) -> List[List[Placed]]:
+        requests = [Request(spec, tuple(labels), window.text) for window in windows]
+        completions = self.engine.generate(requests)
+        return [self._place(completion, labels, window) for completion, window in zip(completions, windows)]
+
+    def _place(self, completion: Completion, labels: Sequence[str], window: Window) -> List[Placed]:
+        text = completion.text
+        if not completion.finished:
+            self.counts.unfinished += 1
+            text = text[: text.rfind("\n") + 1]
+        parsed = self.format.parse(text, labels)
+        scored = [Scored(m.label, m.surface, completion.score(m.start, m.end)) for m in parsed.mentions]
+        placed, n_dropped = align(scored, window.text, window.start)
+        self.counts.windows += 1
+        self.counts.mentions += len(scored)
+        self.counts.dropped += n_dropped
+        self.counts.malformed += parsed.n_malformed
+        return placed
+
+
+def check_labels(labels: Iterable[str]) -> Tuple[str, ...]:
+    """Labels as they are asked: stripped, in the order given, repeats left out.
+
+    RAISES: SamError S203 for a label that is no string, empty, too long, or would break the prompt's lines.
+    """
+    kept: Dict[str, None] = {}
+    for label in labels:
+        if not isinstance(label, str):
+            raise SamError("S203", label=repr(label), reason="it is not a string")
+        text = label.strip()
+        if not text:
+            raise SamError("S203", label=repr(label), reason="it is empty")
+        if len(text) > MAX_LABEL_LENGTH:
+            raise SamError(
+                "S203", label=repr(text[:40] + "..."), reason=f"it is over {MAX_LABEL_LENGTH} characters long"
+            )
+        if len(text.splitlines()) > 1 or ";" in text:
+            raise SamError("S203", label=repr(text), reason="it has a line break or a semicolon")
+        kept[text] = None
+    return tuple(kept)

@@ -1,0 +1,486 @@
+"""The spaCy factory `sam_ner`: selects and merges experts for the stream at hand and annotates its documents."""
+
+import logging
+import os
+import warnings
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple, Union
+
+import srsly
+from spacy import util
+from spacy.language import Language
+from spacy.pipeline import Pipe
+from spacy.tokens import Doc
+from spacy.vocab import Vocab
+
+from .align import Candidate
+from .annotate import Annotator, check_labels
+from .bank import ExpertBank, bundled_bank_path
+from .errors import SamError
+from .plan import Plan
+from .prompts import make_format
+from .select.base import SelectionContext
+from .select.encoder import SentenceEncoder
+from .settings import DEFAULT_CONFIG, SPANS_KEY, Labels, check_settings, read_labels
+from .windows import Window, doc_windows
+from .write import EntsFilter, merge_windows, to_spans, write_ents, write_spans
+
+logger = logging.getLogger("spacy_sam")
+logger.addHandler(logging.NullHandler())
+
+
+@Language.factory(
+    "sam_ner",
+    assigns=["doc.ents", "doc.spans", "token.ent_iob", "token.ent_type"],
+    default_config=DEFAULT_CONFIG,
+    default_score_weights={"ents_f": 1.0, "ents_p": 0.0, "ents_r": 0.0, "ents_per_type": None},
+)
+def make_sam_ner(
+    nlp: Language,
+    name: str,
+    bank: Optional[Union[str, Path]],
+    labels: Union[List[str], Dict[str, str]],
+    strategy: Callable[[SelectionContext], Plan],
+    engine: Callable[[ExpertBank], Any],
+    selection: str,
+    look_ahead: int,
+    min_docs: int,
+    encoder: Optional[str],
+    window_size: int,
+    window_overlap: int,
+    batch_size: int,
+    threshold: float,
+    spans_key: Optional[str],
+    annotate_ents: bool,
+    ents_filter: Optional[Callable],
+    overwrite: bool,
+    scorer: Optional[Callable],
+) -> "SamNer":
+    """Build the component; see `SamNer`."""
+    return SamNer(
+        nlp.vocab,
+        name,
+        bank=bank,
+        labels=labels,
+        strategy=strategy,
+        engine=engine,
+        selection=selection,
+        look_ahead=look_ahead,
+        min_docs=min_docs,
+        encoder=encoder,
+        window_size=window_size,
+        window_overlap=window_overlap,
+        batch_size=batch_size,
+        threshold=threshold,
+        spans_key=spans_key,
+        annotate_ents=annotate_ents,
+        ents_filter=ents_filter,
+        overwrite=overwrite,
+        scorer=scorer,
+    )
+
+
+class SamNer(Pipe):
+    """Named entity recognition without labels of the target: select experts, merge them, annotate with the union.
+
+    The plan (which experts, merged how) is state of the component. `pipe` makes one from the first documents of a stream,
+    `select` makes one from texts, and it is saved with the pipeline. Weights are loaded on first use.
+    """
+
+    def __init__(
+        self,
+        vocab: Vocab,
+        name: str = "sam_ner",
+        *,
+        strategy: Callable[[SelectionContext], Plan],
+        engine: Callable[[ExpertBank], Any],
+        bank: Optional[Union[str, Path]] = None,
+        labels: Labels = (),
+        selection: str = "stream",
+        look_ahead: int = 100,
+        min_docs: int = 10,
+        encoder: Optional[str] = None,
+        window_size: int = 128,
+        window_overlap: int = 24,
+        batch_size: int = 64,
+        threshold: float = 0.0,
+        spans_key: Optional[str] = SPANS_KEY,
+        annotate_ents: bool = True,
+        ents_filter: Optional[EntsFilter] = None,
+        overwrite: bool = False,
+        scorer: Optional[Callable] = None,
+    ) -> None:
+        """Initialise the component.
+
+        vocab (Vocab): The shared vocabulary.
+        name (str): The component's name.
+        strategy (Callable): From a sample to a plan; a registered `spacy_sam.SaM.v1` or `spacy_sam.SaMEco.v1`.
+        engine (Callable): Loads the engine for a bank; a registered `spacy_sam.TorchEngine.v1`.
+        bank (Optional[Union[str, Path]]): The bank's folder; None for the one that comes with the package.
+        labels (Union[Sequence[str], Dict[str, str]]): What to look for. A dict gives the words that are asked for each
+            label, as in {"ORG": "organization"}. Empty: the types that at least two experts of the bank know.
+        selection (str): "stream": a plan for each stream of `min_docs` documents or more; "once": the first stream's plan
+            is kept until `reset`; "manual": only `select` or a loaded plan.
+        look_ahead (int): Documents at the head of a stream that selection looks at.
+        min_docs (int): A stream shorter than this keeps the plan there is.
+        encoder (Optional[str]): Path of the encoder for domain similarity, if not found under the bank's name for it.
+        window_size (int): Longest window, in model tokens.
+        window_overlap (int): Overlap of windows inside a sentence or an unsegmented document, in model tokens.
+        batch_size (int): Documents annotated together.
+        threshold (float): Entities with a lower score are left out; between 0 and 1.
+        spans_key (Optional[str]): Where all candidates go in `doc.spans`; None for nowhere.
+        annotate_ents (bool): Write non-overlapping candidates to `doc.ents`.
+        ents_filter (Optional[Callable]): Merges existing entities and new ones, as in SpanRuler; None for
+            `prioritize_existing_ents_filter`, or with `overwrite` for `prioritize_new_ents_filter`.
+        overwrite (bool): New entities win over existing ones that they overlap.
+        scorer (Optional[Callable]): The scoring method.
+        RAISES: SamError S702 for settings out of range, S203 for labels that cannot be asked.
+        """
+        self.vocab = vocab
+        self.name = name
+        self.strategy = strategy
+        self.make_engine = engine
+        self.bank_path = str(bank) if bank is not None else None
+        self.encoder_path = encoder
+        self.ents_filter = ents_filter
+        self.scorer = scorer
+        self.cfg: Dict[str, Any] = {
+            "labels": {},
+            "selection": selection,
+            "look_ahead": look_ahead,
+            "min_docs": min_docs,
+            "window_size": window_size,
+            "window_overlap": window_overlap,
+            "batch_size": batch_size,
+            "threshold": threshold,
+            "spans_key": spans_key,
+            "annotate_ents": annotate_ents,
+            "overwrite": overwrite,
+        }
+        check_settings(self.cfg)
+        self._set_labels(labels)
+        self._plan: Optional[Plan] = None
+        self._annotator: Optional[Annotator] = None
+        self._bank: Optional[ExpertBank] = None
+        self._encoder: Optional[SentenceEncoder] = None
+        self._home_pid = self._guarded_pid = os.getpid()
+        self._warned_single = False
+
+    # Plan and parts
+
+    @property
+    def plan(self) -> Optional[Plan]:
+        """What the next call will run; None before the first selection."""
+        return self._plan
+
+    @plan.setter
+    def plan(self, plan: Optional[Plan]) -> None:
+        if plan is not None:
+            self._check_plan(plan)
+        self._plan = plan
+
+    def reset(self) -> None:
+        """Forget the plan: the next stream selects again."""
+        self._plan = None
+
+    @property
+    def bank(self) -> ExpertBank:
+        """The bank, opened on first use."""
+        if self._bank is None:
+            self._bank = ExpertBank(self.bank_path if self.bank_path is not None else bundled_bank_path())
+        return self._bank
+
+    @property
+    def annotator(self) -> Annotator:
+        """The engine with its model, loaded on first use."""
+        if self._annotator is None:
+            self._annotator = Annotator(self.make_engine(self.bank), make_format(self.bank.prompt))
+        return self._annotator
+
+    @property
+    def labels(self) -> Tuple[str, ...]:
+        """The labels entities get."""
+        return tuple(self._asked())
+
+    @property
+    def label_data(self) -> List[str]:
+        return list(self.labels)
+
+    def add_label(self, label: str) -> int:
+        """Add a label. RETURNS (int): 0 if it was there, else 1. RAISES: SamError S203 if it cannot be asked."""
+        (checked,) = check_labels([label])
+        if checked in self.cfg["labels"]:
+            return 0
+        self._set_labels({**self.cfg["labels"], checked: checked})
+        return 1
+
+    def select(self, texts: Iterable[Union[str, Doc]]) -> Plan:
+        """Select experts for a corpus and keep the plan.
+
+        texts (Iterable[Union[str, Doc]]): A sample of the corpus; the first `look_ahead` are looked at.
+        RETURNS (Plan): The plan, also found in `plan`.
+        RAISES: SamError S301 to S305 if nothing can be selected.
+        """
+        self._guard_process()
+        head = islice(texts, self.cfg["look_ahead"])
+        sample = [item.text if isinstance(item, Doc) else item for item in head]
+        self._plan = self._select(sample)
+        return self._plan
+
+    def _select(self, sample: Sequence[str]) -> Plan:
+        asked = self._asked()
+        phrases = tuple(asked.values())
+        size = self.annotator.window_size(phrases, self.cfg["window_size"])
+        if self._encoder is None:
+            self._encoder = SentenceEncoder(self.bank.encoder, path=self.encoder_path)
+        context = SelectionContext(
+            texts=tuple(text for text in sample if text.strip()),
+            labels=phrases,
+            bank=self.bank,
+            encode=self._encoder,
+            encoder=self.bank.encoder,
+            annotate=lambda spec, texts: self.annotator.found(
+                spec, phrases, [self.annotator.first_window(text, size) for text in texts]
+            ),
+        )
+        plan = self.strategy(context)
+        logger.info("%s: plan %s from %d texts\n%s", self.name, plan.fingerprint, len(sample), plan)
+        return plan
+
+    # spaCy's calls
+
+    def __call__(self, doc: Doc, *, plan: Optional[Plan] = None) -> Doc:
+        """Annotate one document, by the plan there is. Without one, select on this document alone, with a warning.
+
+        doc (Doc): The document.
+        plan (Optional[Plan]): Use this plan, for this call only.
+        RETURNS (Doc): The same document.
+        """
+        error_handler = self.get_error_handler()
+        self._guard_process()
+        plan = self._given(plan) or self._plan or self._plan_for_single(doc)
+        if plan is None:
+            return doc
+        try:
+            self._annotate([doc], plan)
+        except SamError:
+            raise
+        except Exception as error:
+            error_handler(self.name, self, [doc], error)
+        return doc
+
+    def pipe(self, stream: Iterable[Doc], *, batch_size: int = 128, plan: Optional[Plan] = None) -> Iterator[Doc]:
+        """Annotate a stream: look ahead, select if the stream needs a plan, then work through it in batches.
+
+        stream (Iterable[Doc]): The documents.
+        batch_size (int): spaCy's batch size; the component's own setting decides how many documents run together.
+        plan (Optional[Plan]): Use this plan, for this stream only.
+        YIELDS (Doc): The same documents in the same order, less those that an error handler took.
+        """
+        self._guard_process()
+        stream = iter(stream)
+        head: List[Doc] = []
+        plan = self._given(plan)
+        if plan is None:
+            head = list(islice(stream, self._look_ahead()))
+            plan = self._plan_for_stream(head)
+        for batch in util.minibatch(chain(head, stream), self.cfg["batch_size"]):
+            if plan is None:  # so far there was no text to select on
+                plan = self._plan_for_stream(batch)
+            yield from self._annotate_safely(batch, plan)
+
+    def _look_ahead(self) -> int:
+        """How many documents must be seen before the stream's plan is known."""
+        if self._plan is not None and self.cfg["selection"] != "stream":
+            return 0
+        return self.cfg["look_ahead"] if self.cfg["selection"] != "manual" else 0
+
+    def _plan_for_stream(self, head: List[Doc]) -> Optional[Plan]:
+        mode = self.cfg["selection"]
+        short = len(head) < self.cfg["min_docs"]
+        if self._plan is not None and (mode != "stream" or short):
+            return self._plan
+        if mode == "manual":
+            raise SamError("S701", name=self.name)
+        texts = [doc.text for doc in head]
+        if not any(text.strip() for text in texts):
+            return None
+        self._refuse_in_worker()
+        self._plan = self._select(texts)
+        return self._plan
+
+    def _plan_for_single(self, doc: Doc) -> Optional[Plan]:
+        if self.cfg["selection"] == "manual":
+            raise SamError("S701", name=self.name)
+        if not doc.text.strip():
+            return None
+        self._refuse_in_worker()
+        if not self._warned_single:
+            self._warned_single = True
+            warnings.warn(
+                f"{self.name}: no plan yet, so experts are selected on one document alone. Give more: "
+                f"nlp.get_pipe('{self.name}').select(texts), or nlp.pipe(texts).",
+                stacklevel=3,
+            )
+        self._plan = self._select([doc.text])
+        return self._plan
+
+    def _given(self, plan: Optional[Plan]) -> Optional[Plan]:
+        if plan is not None:
+            self._check_plan(plan)
+        return plan
+
+    def _check_plan(self, plan: Plan) -> None:
+        if plan.base_hash != self.bank.base_hash:
+            raise SamError("S112", found=plan.base_hash, expected=self.bank.base_hash)
+        for name, known in plan.adapter_hashes.items():
+            if self.bank.adapter_hash(name) != known:
+                raise SamError("S116", name=name)
+
+    # Annotation
+
+    def _annotate_safely(self, docs: List[Doc], plan: Optional[Plan]) -> Iterator[Doc]:
+        """Annotate a batch; when it fails, halve it until the failing document stands alone."""
+        try:
+            self._annotate(docs, plan)
+        except SamError:
+            raise
+        except Exception as error:
+            if len(docs) == 1:
+                self.get_error_handler()(self.name, self, docs, error)
+                return
+            middle = len(docs) // 2
+            yield from self._annotate_safely(docs[:middle], plan)
+            yield from self._annotate_safely(docs[middle:], plan)
+            return
+        yield from docs
+
+    def _annotate(self, docs: List[Doc], plan: Optional[Plan]) -> None:
+        """Annotate documents together. Nothing is written before all answers are there."""
+        found: List[List[Candidate]] = [[] for _ in docs]
+        if plan is not None and any(doc.text.strip() for doc in docs):
+            found = self._find(docs, plan)
+        for doc, candidates in zip(docs, found):
+            self._set_annotations(doc, candidates, plan)
+
+    def _find(self, docs: List[Doc], plan: Plan) -> List[List[Candidate]]:
+        asked = self._asked()
+        names = {phrase: name for name, phrase in asked.items()}
+        size = self.annotator.window_size(list(asked.values()), self.cfg["window_size"])
+        windows = [self._windows(doc, size) for doc in docs]
+        flat = [window for pieces in windows for window in pieces]
+        answers = iter(self.annotator.annotate(plan.task_models, list(asked.values()), flat))
+        named = []
+        for pieces in windows:
+            merged = merge_windows(list(islice(answers, len(pieces))))
+            named.append([candidate._replace(label=names[candidate.label]) for candidate in merged])
+        return named
+
+    def _windows(self, doc: Doc, size: int) -> List[Window]:
+        overlap = min(self.cfg["window_overlap"], size - 1)
+        return doc_windows(doc, token_starts=self.annotator.engine.token_starts, size=size, overlap=overlap)
+
+    def _set_annotations(self, doc: Doc, candidates: Sequence[Candidate], plan: Optional[Plan]) -> None:
+        pairs = to_spans(doc, candidates, self.cfg["threshold"])
+        if self.cfg["spans_key"] is not None:
+            write_spans(doc, pairs, self.cfg["spans_key"], plan.fingerprint if plan else None, self.cfg["overwrite"])
+        if self.cfg["annotate_ents"]:
+            write_ents(doc, pairs, self.ents_filter, self.cfg["overwrite"])
+
+    # Labels and processes
+
+    def _asked(self) -> Dict[str, str]:
+        """The words that are asked for each label."""
+        if self.cfg["labels"]:
+            return self.cfg["labels"]
+        counts: Dict[str, int] = {}
+        for card in self.bank.experts:
+            for label in card.labels:
+                counts[label] = counts.get(label, 0) + 1
+        shared = sorted(label for label, n in counts.items() if n > 1)
+        if not shared:
+            raise SamError("S202", expected="at least one name", found="none, and no two experts share a type")
+        self._add_strings(shared)
+        return {label: label for label in shared}
+
+    def _set_labels(self, labels: Labels) -> None:
+        self.cfg["labels"] = read_labels(labels)
+        self._add_strings(self.cfg["labels"])
+
+    def _add_strings(self, labels: Iterable[str]) -> None:
+        for label in labels:
+            self.vocab.strings.add(label, allow_transient=False)
+
+    def _guard_process(self) -> None:
+        """In a new process: one torch thread (a forked thread pool hangs), and no CUDA model of the parent's."""
+        if self._guarded_pid == os.getpid():
+            return
+        import torch
+
+        torch.set_num_threads(1)
+        device = getattr(self._annotator.engine, "device", None) if self._annotator else None
+        if device is not None and device.type == "cuda":
+            raise SamError("S504", device=device)
+        self._guarded_pid = os.getpid()
+
+    def _refuse_in_worker(self) -> None:
+        """A worker of n_process > 1 must not select: each would choose its own experts, from its own batch."""
+        if self._home_pid != os.getpid():
+            raise SamError("S703", name=self.name)
+
+    # Serialisation
+
+    def __reduce__(self) -> tuple:
+        state = {k: v for k, v in self.__dict__.items() if k not in ("_annotator", "_bank")}
+        return _rebuild, (type(self), self.vocab, self.name, state)
+
+    def to_bytes(self, *, exclude: Iterable[str] = util.SimpleFrozenList()) -> bytes:
+        """Serialise labels, settings and plan. exclude (Iterable[str]): Parts to leave out. RETURNS (bytes)."""
+        serialize = {"cfg": lambda: srsly.json_dumps(self.cfg), "plan": lambda: srsly.json_dumps(self._plan_data())}
+        return util.to_bytes(serialize, exclude)
+
+    def from_bytes(self, data: bytes, *, exclude: Iterable[str] = util.SimpleFrozenList()) -> "SamNer":
+        """Load what `to_bytes` gave."""
+        deserialize = {
+            "cfg": lambda b: self._load_cfg(srsly.json_loads(b)),
+            "plan": lambda b: self._load_plan(srsly.json_loads(b)),
+        }
+        util.from_bytes(data, deserialize, exclude)
+        return self
+
+    def to_disk(self, path: Union[str, Path], *, exclude: Iterable[str] = util.SimpleFrozenList()) -> None:
+        """Save labels, settings and plan. The bank stays where it is: it is shared by pipelines."""
+        serialize = {
+            "cfg": lambda p: srsly.write_json(p.with_suffix(".json"), self.cfg),
+            "plan": lambda p: srsly.write_json(p.with_suffix(".json"), self._plan_data()),
+        }
+        util.to_disk(util.ensure_path(path), serialize, exclude)
+
+    def from_disk(self, path: Union[str, Path], *, exclude: Iterable[str] = util.SimpleFrozenList()) -> "SamNer":
+        """Load what `to_disk` saved. Weights are loaded on first use."""
+        deserialize = {
+            "cfg": lambda p: self._load_cfg(srsly.read_json(p.with_suffix(".json"))),
+            "plan": lambda p: self._load_plan(srsly.read_json(p.with_suffix(".json"))),
+        }
+        util.from_disk(util.ensure_path(path), deserialize, exclude)
+        return self
+
+    def _plan_data(self) -> Dict[str, Any]:
+        return self._plan.to_dict() if self._plan else {}
+
+    def _load_cfg(self, cfg: Dict[str, Any]) -> None:
+        self.cfg.update(cfg)
+        check_settings(self.cfg)
+        self._set_labels(self.cfg["labels"])
+
+    def _load_plan(self, data: Dict[str, Any]) -> None:
+        self._plan = Plan.from_dict(data) if data else None
+
+
+def _rebuild(cls: type, vocab: Vocab, name: str, state: Dict[str, Any]) -> SamNer:
+    component = cls.__new__(cls)
+    component.vocab = vocab
+    component.name = name
+    component.__dict__.update(state, _annotator=None, _bank=None)
+    return component

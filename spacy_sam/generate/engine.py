@@ -1,0 +1,57 @@
+"""The protocol of generation engines: requests in, completions out."""
+
+import math
+from typing import List, NamedTuple, Protocol, Sequence, Tuple, runtime_checkable
+
+from ..plan import TaskModelSpec
+
+
+class Request(NamedTuple):
+    """One window to annotate: which task model, which labels, which text."""
+
+    task_model: TaskModelSpec
+    labels: Tuple[str, ...]
+    text: str
+
+
+class Completion(NamedTuple):
+    """What a task model wrote.
+
+    text: The completion, without the end token.
+    logprobs: Natural log-probability of each token under the model, the end token's included if it was reached.
+    ends: For each of those tokens, the character of `text` at which it ends.
+    finished: The end token was reached within the token limit.
+    """
+
+    text: str
+    logprobs: Tuple[float, ...]
+    ends: Tuple[int, ...]
+    finished: bool
+
+    def score(self, start: int, end: int) -> float:
+        """Geometric mean of the probabilities of the tokens that make up `text[start:end]`, between 0 and 1."""
+        begins = (0, *self.ends[:-1])
+        inside = [lp for lp, b, e in zip(self.logprobs, begins, self.ends) if b < end and e > start]
+        return math.exp(sum(inside) / len(inside)) if inside else 0.0
+
+
+@runtime_checkable
+class Engine(Protocol):
+    """Generates completions; runs requests in any order inside and answers in the order given.
+
+    context: Tokens that prompt and answer may have together.
+    """
+
+    context: int
+
+    def generate(self, requests: Sequence[Request]) -> List[Completion]:
+        """Complete every request, greedily."""
+        ...
+
+    def token_starts(self, text: str) -> List[int]:
+        """Character starts of the model's tokens in `text`, ascending."""
+        ...
+
+    def prompt_length(self, labels: Sequence[str]) -> int:
+        """Tokens of a prompt for these labels with an empty text."""
+        ...

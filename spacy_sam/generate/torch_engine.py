@@ -1,0 +1,267 @@
+"""Greedy generation on a transformers model: batched by length, shared prefix encoded once, finished rows dropped."""
+
+import copy
+import logging
+from contextlib import contextmanager
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+
+import torch
+
+from ..bank import ExpertBank
+from ..errors import SamError
+from ..merge.materialise import WeightSwitch
+from ..merge.methods import MergeMethod
+from ..plan import TaskModelSpec
+from ..prompts import PromptEncoder, make_format
+from .engine import Completion, Request
+
+logger = logging.getLogger("spacy_sam")
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+MAX_PREFIXES = 32  # kept at a time, for pipelines that change their labels often
+
+
+class _Row(NamedTuple):
+    """One request on its way: where its answer goes, and the tokens of its body."""
+
+    index: int
+    body: List[int]
+
+
+class _Group(NamedTuple):
+    """Requests that share a task model and a prompt prefix."""
+
+    task_model: TaskModelSpec
+    labels: Tuple[str, ...]
+    prefix: List[int]
+
+    @property
+    def key(self) -> Tuple[str, Tuple[str, ...]]:
+        return self.task_model.fingerprint, self.labels
+
+
+class TorchEngine:
+    """Runs the task models of one bank on one device. The base is loaded once; task models are switched in place."""
+
+    def __init__(
+        self,
+        bank: ExpertBank,
+        resolve: Callable[[Dict[str, Any]], MergeMethod],
+        *,
+        device: Optional[str] = None,
+        dtype: Optional[str] = None,
+        max_new_tokens: int = 128,
+        tokens_per_batch: int = 8192,
+        local_files_only: bool = False,
+    ) -> None:
+        """Load the base of a bank.
+
+        bank (ExpertBank): The bank.
+        resolve (Callable): Makes the merge method of a task model's config block.
+        device (Optional[str]): "cpu", "cuda", "cuda:1", "mps", "gpu"; None for thinc's device, else the best there is.
+        dtype (Optional[str]): "float32", "bfloat16" or "float16"; None for float32 on the CPU, bfloat16 elsewhere.
+        max_new_tokens (int): The longest answer, in tokens.
+        tokens_per_batch (int): Rows times length of a batch, padding and answers included; halved when memory runs out.
+        local_files_only (bool): Never ask a hub, even for a base that is named by a hub id.
+        RAISES: SamError S501 to S503 if device, dtype or base cannot be used; S110 if the base was changed.
+        """
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        self.bank = bank
+        self.device = resolve_device(device)
+        torch_dtype = _resolve_dtype(dtype, self.device)
+        source, revision = bank.base
+        bank.check_base()
+        kwargs: Dict[str, Any] = {"revision": revision, "local_files_only": local_files_only}
+        with _quiet_transformers():
+            try:
+                tokenizer = AutoTokenizer.from_pretrained(source, **kwargs)
+                model = AutoModelForCausalLM.from_pretrained(source, dtype=torch_dtype, **kwargs)
+            except (OSError, ValueError) as error:
+                raise SamError("S503", path=source, reason=error) from error
+        self.model = model.to(self.device).eval()
+        self.encoder = PromptEncoder(tokenizer, make_format(bank.prompt))
+        self.switch = WeightSwitch(self.model, bank.load_adapter, resolve)
+        self.context = int(self.model.config.max_position_embeddings)
+        self.max_new_tokens = max_new_tokens
+        self.tokens_per_batch = tokens_per_batch
+        self.end_ids = _end_ids(self.model, tokenizer)
+        self._prefixes: Dict[Tuple[str, Tuple[str, ...]], Any] = {}
+
+    def token_starts(self, text: str) -> List[int]:
+        return self.encoder.starts(text)
+
+    def prompt_length(self, labels: Sequence[str]) -> int:
+        return len(self.encoder.prefix(labels)) + len(self.encoder.body(""))
+
+    def generate(self, requests: Sequence[Request]) -> List[Completion]:
+        """Complete every request greedily.
+
+        requests (Sequence[Request]): In any mixture; those of one task model and label set are run together.
+        RETURNS (List[Completion]): In the order given.
+        """
+        groups: Dict[Tuple[str, Tuple[str, ...]], Tuple[_Group, List[_Row]]] = {}
+        for index, request in enumerate(requests):
+            group = _Group(request.task_model, request.labels, self.encoder.prefix(request.labels))
+            _, rows = groups.setdefault(group.key, (group, []))
+            rows.append(_Row(index, self.encoder.body(request.text)))
+        done: Dict[int, Completion] = {}
+        for group, rows in groups.values():
+            self.switch.use(group.task_model)
+            done.update(self._run_group(group, sorted(rows, key=lambda row: len(row.body))))
+        return [done[index] for index in range(len(requests))]
+
+    def _run_group(self, group: _Group, rows: List[_Row]) -> Iterator[Tuple[int, Completion]]:
+        start = 0
+        while start < len(rows):
+            stop = self._batch_end(rows, start, len(group.prefix))
+            batch = rows[start:stop]
+            try:
+                completions = self._decode(group, batch)
+            except torch.OutOfMemoryError:
+                if len(batch) == 1:
+                    raise
+                self.tokens_per_batch = max(1, self.tokens_per_batch // 2)
+                logger.warning("Out of memory: going on with %d tokens per batch", self.tokens_per_batch)
+                continue
+            yield from ((row.index, completion) for row, completion in zip(batch, completions))
+            start = stop
+
+    def _batch_end(self, rows: List[_Row], start: int, n_prefix: int) -> int:
+        stop = start + 1
+        while stop < len(rows):
+            length = n_prefix + len(rows[stop].body) + self._limit(len(rows[stop].body), n_prefix)
+            if (stop + 1 - start) * length > self.tokens_per_batch:
+                break
+            stop += 1
+        return stop
+
+    def _limit(self, n_body: int, n_prefix: int) -> int:
+        """Tokens an answer may have: entities are copied, so a short text has no long answer."""
+        return max(1, min(self.max_new_tokens, 2 * n_body + 16, self.context - n_prefix - n_body))
+
+    @torch.inference_mode()
+    def _decode(self, group: _Group, batch: List[_Row]) -> List[Completion]:
+        """Greedy decoding of one batch, padded on the left behind the shared prefix; finished rows leave it."""
+        n_prefix = len(group.prefix)
+        ids, mask = self._pad(batch, n_prefix)
+        positions = (mask.cumsum(1) - 1).clamp_min(0)[:, n_prefix:]
+        cache = self._prefix_cache(group)
+        cache.batch_repeat_interleave(len(batch))
+        limits = [self._limit(len(row.body), n_prefix) for row in batch]
+        tokens: List[List[int]] = [[] for _ in batch]
+        logprobs: List[List[float]] = [[] for _ in batch]
+        active = list(range(len(batch)))
+        while active:
+            best = self._step(ids, mask, positions, cache).log_softmax(-1).max(-1)
+            for number, token, logprob in zip(active, best.indices.tolist(), best.values.tolist()):
+                tokens[number].append(token)
+                logprobs[number].append(logprob)
+            going_on = [
+                place
+                for place, number in enumerate(active)
+                if tokens[number][-1] not in self.end_ids and len(tokens[number]) < limits[number]
+            ]
+            ids, positions = best.indices[:, None], positions[:, -1:] + 1
+            if 0 < len(going_on) < len(active):
+                rows = torch.tensor(going_on, device=self.device)
+                cache.batch_select_indices(rows)
+                ids, mask, positions = ids[rows], mask[rows], positions[rows]
+            active = [active[place] for place in going_on]
+            mask = torch.cat([mask, mask.new_ones((len(mask), 1))], dim=1)
+        return [self._completion(t, lp) for t, lp in zip(tokens, logprobs)]
+
+    def _pad(self, batch: List[_Row], n_prefix: int) -> Tuple[torch.Tensor, torch.Tensor]:
+        """Bodies padded on the left [rows, width], and the attention mask with the prefix [rows, n_prefix + width]."""
+        width = max(len(row.body) for row in batch)
+        ids = torch.zeros((len(batch), width), dtype=torch.long)
+        mask = torch.zeros((len(batch), n_prefix + width), dtype=torch.long)
+        mask[:, :n_prefix] = 1
+        for number, row in enumerate(batch):
+            ids[number, width - len(row.body) :] = torch.tensor(row.body)
+            mask[number, n_prefix + width - len(row.body) :] = 1
+        return ids.to(self.device), mask.to(self.device)
+
+    def _step(self, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, cache: Any) -> torch.Tensor:
+        output = self.model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        return output.logits[:, -1].float()
+
+    def _prefix_cache(self, group: _Group) -> Any:
+        """A copy of the keys and values of the prompt's shared prefix, encoded once for each task model and labels."""
+        from transformers import DynamicCache
+
+        if group.key not in self._prefixes:
+            if len(self._prefixes) >= MAX_PREFIXES:
+                self._prefixes.clear()
+            cache = DynamicCache(config=self.model.config)
+            ids = torch.tensor([group.prefix], device=self.device)
+            positions = torch.arange(len(group.prefix), device=self.device)[None]
+            self._step(ids, torch.ones_like(ids), positions, cache)
+            self._prefixes[group.key] = cache
+        return copy.deepcopy(self._prefixes[group.key])
+
+    def _completion(self, tokens: List[int], logprobs: List[float]) -> Completion:
+        finished = bool(tokens) and tokens[-1] in self.end_ids
+        content = tokens[:-1] if finished else tokens
+        text, ends = self.encoder.decode(content)
+        if finished:
+            ends.append(len(text))
+        return Completion(text, tuple(logprobs), tuple(ends), finished)
+
+
+def resolve_device(device: Optional[str]) -> torch.device:
+    """The torch device for a setting. RAISES: SamError S501 if it is not there."""
+    if device is None:
+        from thinc.api import get_current_ops, get_torch_default_device
+
+        if get_current_ops().device_type == "gpu":
+            return torch.device(get_torch_default_device())
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    name = "cuda" if device == "gpu" else device
+    try:
+        found = torch.device(name)
+    except RuntimeError as error:
+        raise SamError("S501", device=device, reason="torch knows no such device") from error
+    if found.type == "cuda" and (not torch.cuda.is_available() or (found.index or 0) >= torch.cuda.device_count()):
+        raise SamError("S501", device=device, reason=f"torch sees {torch.cuda.device_count()} CUDA devices")
+    if found.type == "mps" and not torch.backends.mps.is_available():
+        raise SamError("S501", device=device, reason="torch sees no MPS device")
+    if found.type not in ("cpu", "cuda", "mps"):
+        raise SamError("S501", device=device, reason="only cpu, cuda and mps are supported")
+    return found
+
+
+def _resolve_dtype(dtype: Optional[str], device: torch.device) -> torch.dtype:
+    if dtype is None:
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    if dtype not in DTYPES:
+        raise SamError("S502", dtype=dtype, known=", ".join(DTYPES))
+    return DTYPES[dtype]
+
+
+def _end_ids(model: Any, tokenizer: Any) -> Tuple[int, ...]:
+    ids = [tokenizer.eos_token_id, model.generation_config.eos_token_id]
+    flat = [i for item in ids for i in (item if isinstance(item, list) else [item])]
+    return tuple(sorted({i for i in flat if i is not None}))
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """No "Loading weights" bar: it would stand in the middle of the user's own progress."""
+    from transformers.utils import logging as transformers_logging
+
+    was_on = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_on:
+            transformers_logging.enable_progress_bar()

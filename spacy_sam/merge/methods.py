@@ -1,0 +1,223 @@
+"""Merge methods: pure functions on stacked task vectors, and the same as frozen settings for configs.
+
+Everywhere: `task_vectors` is `[n_experts, ...]`, one matrix's weight change by each expert. The mathematics is done,
+and the result returned, in float32 (float64 if that comes in), `[...]`. Weights are relative: finite, above 0, and only
+their proportions matter. The size of the result is set by `scale`. Trimming and scale are there against the
+interference of several experts: a stack of one comes back as it is, whatever the settings.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any, Dict, List, Optional, Protocol, Sequence, Tuple, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from ..errors import SamError
+
+
+@runtime_checkable
+class MergeMethod(Protocol):
+    """Merges one matrix. `config` is the block that makes it again: `{"@misc": name, ...}`."""
+
+    @property
+    def config(self) -> Dict[str, Any]: ...
+
+    def __call__(self, task_vectors: Tensor, weights: Sequence[float]) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Ties:
+    """TIES; see `ties`. RAISES: SamError S401 for a bad density or scale."""
+
+    density: float = 0.2
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check_density(self.density)
+        _check_scale(self.scale)
+
+    @property
+    def config(self) -> Dict[str, Any]:
+        return {"@misc": "spacy_sam.TIES.v1", "density": self.density, "scale": self.scale}
+
+    def __call__(self, task_vectors: Tensor, weights: Optional[Sequence[float]] = None) -> Tensor:
+        return ties(task_vectors, weights, self.density, self.scale)
+
+
+@dataclass(frozen=True)
+class Mean:
+    """Weighted mean; see `mean`. RAISES: SamError S401 for a bad scale."""
+
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check_scale(self.scale)
+
+    @property
+    def config(self) -> Dict[str, Any]:
+        return {"@misc": "spacy_sam.Mean.v1", "scale": self.scale}
+
+    def __call__(self, task_vectors: Tensor, weights: Optional[Sequence[float]] = None) -> Tensor:
+        return mean(task_vectors, weights, self.scale)
+
+
+@dataclass(frozen=True)
+class TaskArithmetic:
+    """Scaled sum; see `task_arithmetic`. RAISES: SamError S401 for a bad scale."""
+
+    scale: float = 0.4
+
+    def __post_init__(self) -> None:
+        _check_scale(self.scale)
+
+    @property
+    def config(self) -> Dict[str, Any]:
+        return {"@misc": "spacy_sam.TaskArithmetic.v1", "scale": self.scale}
+
+    def __call__(self, task_vectors: Tensor, weights: Optional[Sequence[float]] = None) -> Tensor:
+        return task_arithmetic(task_vectors, weights, self.scale)
+
+
+def ties(
+    task_vectors: Tensor, weights: Optional[Sequence[float]] = None, density: float = 0.2, scale: float = 1.0
+) -> Tensor:
+    """Trim, elect signs, and average what agrees (TIES-merging, Yadav et al. 2023, https://arxiv.org/abs/2306.01708).
+
+    At equal weights this is the paper's merge with the trimming done per matrix. Weights count both in the election
+    and in the mean, where they are divided by the sum of those that agree.
+
+    task_vectors (Tensor): `[n_experts, ...]`, any floating dtype.
+    weights (Optional[Sequence[float]]): One for each expert, relative; None for equal ones.
+    density (float): The share of each task vector that is kept, above 0 and up to 1.
+    scale (float): Multiplies the result (the paper's lambda), above 0.
+    RETURNS (Tensor): `[...]`.
+    RAISES: SamError S401 for bad weights, density, scale or an empty stack.
+    """
+    _check_density(density)
+    vectors, relative = _prepare(task_vectors, weights, scale)
+    if len(vectors) == 1:
+        return vectors[0].clone()
+    trimmed = trim(vectors, density)
+    return scale * disjoint_mean(trimmed, elect_signs(trimmed, relative), relative)
+
+
+def mean(task_vectors: Tensor, weights: Optional[Sequence[float]] = None, scale: float = 1.0) -> Tensor:
+    """Weighted mean times `scale`. Arguments, result and errors as in `ties`."""
+    vectors, relative = _prepare(task_vectors, weights, scale)
+    if len(vectors) == 1:
+        return vectors[0].clone()
+    return scale * (_weighted_sum(vectors, relative) / sum(relative))
+
+
+def task_arithmetic(task_vectors: Tensor, weights: Optional[Sequence[float]] = None, scale: float = 0.4) -> Tensor:
+    """Weighted sum times `scale` (task arithmetic, Ilharco et al. 2022, https://arxiv.org/abs/2212.04089).
+
+    Weights are relative here too: they are brought to a mean of 1, so that equal ones of any size give the plain sum.
+    Arguments, result and errors as in `ties`.
+    """
+    vectors, relative = _prepare(task_vectors, weights, scale)
+    if len(vectors) == 1:
+        return vectors[0].clone()
+    return scale * (_weighted_sum(vectors, relative) * (len(vectors) / sum(relative)))
+
+
+def trim(task_vectors: Tensor, density: float) -> Tensor:
+    """Keep the `int(density * numel)` entries of largest magnitude of each task vector, and set the others to 0.
+
+    Of entries with equal magnitude at the border, those that come first in the tensor (row by row) are kept.
+
+    task_vectors (Tensor): `[n_experts, ...]`.
+    density (float): Above 0 and up to 1.
+    RETURNS (Tensor): `[n_experts, ...]`.
+    RAISES: SamError S401 for a bad density or an empty stack.
+    """
+    _check_density(density)
+    vectors = _as_stack(task_vectors)
+    n_keep = int(density * vectors[0].numel())
+    return torch.stack([torch.where(_largest(vector, n_keep), vector, 0) for vector in vectors])
+
+
+def elect_signs(trimmed: Tensor, weights: Optional[Sequence[float]] = None) -> Tensor:
+    """The sign with the larger total for every entry: of the weighted sum over the experts, +1 where that is 0.
+
+    trimmed (Tensor): `[n_experts, ...]`, task vectors after `trim`.
+    weights (Optional[Sequence[float]]): One for each expert, relative; None for equal ones.
+    RETURNS (Tensor): `[...]` of +1 and -1.
+    RAISES: SamError S401 for bad weights or an empty stack.
+    """
+    vectors = _as_stack(trimmed)
+    total = _weighted_sum(vectors, _relative_weights(weights, vectors))
+    return torch.where(total >= 0, torch.ones_like(total), -torch.ones_like(total))
+
+
+def disjoint_mean(trimmed: Tensor, signs: Tensor, weights: Optional[Sequence[float]] = None) -> Tensor:
+    """Weighted mean over the experts whose entry has the elected sign; 0 where none has.
+
+    trimmed (Tensor): `[n_experts, ...]`, task vectors after `trim`.
+    signs (Tensor): `[...]` of +1 and -1, from `elect_signs`.
+    weights (Optional[Sequence[float]]): One for each expert, relative; None for equal ones.
+    RETURNS (Tensor): `[...]`.
+    RAISES: SamError S401 for bad weights or an empty stack.
+    """
+    vectors = _as_stack(trimmed)
+    total, agreeing = torch.zeros_like(vectors[0]), torch.zeros_like(vectors[0])
+    for vector, weight in zip(vectors, _relative_weights(weights, vectors)):
+        agrees = vector.sign() == signs
+        total += torch.where(agrees, weight * vector, 0)
+        agreeing += weight * agrees.to(vectors.dtype)
+    return total / torch.where(agreeing > 0, agreeing, 1)
+
+
+def _largest(vector: Tensor, n_keep: int) -> Tensor:
+    """Mask of the `n_keep` entries of largest magnitude, the first ones where magnitudes are equal."""
+    if n_keep in (0, vector.numel()):
+        return torch.full_like(vector, n_keep > 0, dtype=torch.bool)
+    magnitude = vector.abs().reshape(-1)
+    border = magnitude.kthvalue(magnitude.numel() - n_keep + 1).values
+    mask = magnitude > border
+    n_missing = n_keep - int(mask.sum())
+    mask[(magnitude == border).nonzero()[:n_missing, 0]] = True
+    return mask.reshape(vector.shape)
+
+
+def _weighted_sum(vectors: Tensor, weights: Sequence[float]) -> Tensor:
+    """Expert by expert: a second stack of an 8B model's matrices would be large."""
+    total = torch.zeros_like(vectors[0])
+    for vector, weight in zip(vectors, weights):
+        total += weight * vector
+    return total
+
+
+def _prepare(task_vectors: Tensor, weights: Optional[Sequence[float]], scale: float) -> Tuple[Tensor, List[float]]:
+    _check_scale(scale)
+    vectors = _as_stack(task_vectors)
+    return vectors, _relative_weights(weights, vectors)
+
+
+def _as_stack(task_vectors: Tensor) -> Tensor:
+    if task_vectors.dim() == 0 or len(task_vectors) == 0:
+        raise SamError("S401", name="task_vectors", expected="a stack of at least one", found=list(task_vectors.shape))
+    return task_vectors if task_vectors.dtype == torch.float64 else task_vectors.float()
+
+
+def _relative_weights(weights: Optional[Sequence[float]], vectors: Tensor) -> List[float]:
+    """Divide by a power of two, so that the largest is in [0.5, 1): exact, and no size of weights overflows float32."""
+    given = [1.0] * len(vectors) if weights is None else [float(weight) for weight in weights]
+    if len(given) != len(vectors) or not all(math.isfinite(weight) and weight > 0 for weight in given):
+        expected = f"{len(vectors)} finite numbers above 0"
+        raise SamError("S401", name="weights", expected=expected, found=given)
+    exponent = math.frexp(max(given))[1]
+    # A weight that the dtype would round to 0 would make 0 / 0 of the entries that its expert alone decides.
+    smallest = torch.finfo(vectors.dtype).eps ** 2
+    return [max(math.ldexp(weight, -exponent), smallest) for weight in given]
+
+
+def _check_density(density: float) -> None:
+    if not 0 < density <= 1:
+        raise SamError("S401", name="density", expected="above 0 and at most 1", found=density)
+
+
+def _check_scale(scale: float) -> None:
+    if not (math.isfinite(scale) and scale > 0):
+        raise SamError("S401", name="scale", expected="a finite number above 0", found=scale)

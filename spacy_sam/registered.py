@@ -1,0 +1,97 @@
+"""The registered functions, as entry points of the package: swappable parts are chosen by name in the config.
+
+Nothing heavy is imported before a function is called.
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Dict, Optional
+
+if TYPE_CHECKING:
+    from .bank import ExpertBank
+    from .generate.engine import Engine
+    from .merge.methods import MergeMethod
+    from .select.base import Selector
+    from .select.strategies import Strategy
+
+
+def make_ties(density: float = 0.2, scale: float = 1.0) -> "MergeMethod":
+    """`spacy_sam.TIES.v1`: see `merge.methods.ties`."""
+    from .merge.methods import Ties
+
+    return Ties(density, scale)
+
+
+def make_mean(scale: float = 1.0) -> "MergeMethod":
+    """`spacy_sam.Mean.v1`: see `merge.methods.mean`."""
+    from .merge.methods import Mean
+
+    return Mean(scale)
+
+
+def make_task_arithmetic(scale: float = 0.4) -> "MergeMethod":
+    """`spacy_sam.TaskArithmetic.v1`: see `merge.methods.task_arithmetic`."""
+    from .merge.methods import TaskArithmetic
+
+    return TaskArithmetic(scale)
+
+
+def make_domain_similarity() -> "Selector":
+    """`spacy_sam.DomainSimilarity.v1`: see `select.similarity`."""
+    from .select.similarity import DomainSimilarity
+
+    return DomainSimilarity()
+
+
+def make_sampling_evaluation(sample_size: int = 10) -> "Selector":
+    """`spacy_sam.SamplingEvaluation.v1`: see `select.sampling`."""
+    from .select.sampling import SamplingEvaluation
+
+    return SamplingEvaluation(sample_size)
+
+
+def make_sam(selectors: Dict[str, Any], merge: Any, n_experts: int = 3) -> "Strategy":
+    """`spacy_sam.SaM.v1`: see `select.strategies.SaM`. `selectors` are asked in the order given."""
+    from .select.strategies import SaM
+
+    return SaM(tuple(selectors.values()), merge, n_experts)
+
+
+def make_sam_eco(selectors: Dict[str, Any], merge: Any, n_experts: int = 3) -> "Strategy":
+    """`spacy_sam.SaMEco.v1`: see `select.strategies.SaMEco`."""
+    from .select.strategies import SaMEco
+
+    return SaMEco(tuple(selectors.values()), merge, n_experts)
+
+
+@dataclass(frozen=True)
+class TorchEngineMaker:
+    """Loads a `TorchEngine` for a bank when it is called, so that a pipeline can be built and saved without weights."""
+
+    device: Optional[str] = None
+    dtype: Optional[str] = None
+    max_new_tokens: int = 128
+    tokens_per_batch: int = 8192
+    local_files_only: bool = False
+
+    def __call__(self, bank: "ExpertBank") -> "Engine":
+        from .generate.torch_engine import TorchEngine
+
+        return TorchEngine(bank, resolve_method, **self.__dict__)
+
+
+def make_torch_engine(
+    device: Optional[str] = None,
+    dtype: Optional[str] = None,
+    max_new_tokens: int = 128,
+    tokens_per_batch: int = 8192,
+    local_files_only: bool = False,
+) -> TorchEngineMaker:
+    """`spacy_sam.TorchEngine.v1`: see `generate.torch_engine`."""
+    return TorchEngineMaker(device, dtype, max_new_tokens, tokens_per_batch, local_files_only)
+
+
+def resolve_method(config: Dict[str, Any]) -> "MergeMethod":
+    """Make the merge method of a plan's config block; an empty block is TIES with its defaults."""
+    from spacy import registry
+
+    return registry.resolve({"method": dict(config) or {"@misc": "spacy_sam.TIES.v1"}})["method"]

@@ -1,0 +1,107 @@
+"""From rankings to a plan: the paper's two task models, and the cheaper one-model variant."""
+
+from dataclasses import dataclass
+from typing import Any, Dict, List, Protocol, Sequence, Tuple, runtime_checkable
+
+from ..errors import SamError
+from ..merge.methods import MergeMethod
+from ..plan import Plan, Selection, TaskModelSpec
+from .base import SelectionContext, Selector
+
+
+@runtime_checkable
+class Strategy(Protocol):
+    """Makes the plan for a target."""
+
+    name: str
+
+    def __call__(self, context: SelectionContext) -> Plan: ...
+
+
+@dataclass(frozen=True)
+class SaM:
+    """The paper's way (arXiv 2506.22813): one task model for each selector, of its best `n_experts`.
+
+    Rankings that choose the same experts make one task model, not two.
+    """
+
+    selectors: Tuple[Selector, ...]
+    merge: MergeMethod
+    n_experts: int = 3
+    name = "SaM"
+
+    def __post_init__(self) -> None:
+        _check(self.selectors, self.n_experts)
+
+    def __call__(self, context: SelectionContext) -> Plan:
+        """RAISES: SamError S301 or S302 if there is nothing to select from or on."""
+        selections = run_selectors(self.selectors, context, self.n_experts)
+        chosen = sorted(
+            {tuple(sorted(s.chosen)) for s in selections}, key=[tuple(sorted(s.chosen)) for s in selections].index
+        )
+        specs = [TaskModelSpec(experts, (), dict(self.merge.config)) for experts in chosen]
+        return make_plan(self.name, specs, selections, context)
+
+
+@dataclass(frozen=True)
+class SaMEco:
+    """One task model, half the decoding: the experts with the best mean rank over the selectors.
+
+    The paper has such a variant and does not say how it fuses the rankings; the mean of the ranks is this package's way.
+    Equal mean ranks are decided by the first selector.
+    """
+
+    selectors: Tuple[Selector, ...]
+    merge: MergeMethod
+    n_experts: int = 3
+    name = "SaM-eco"
+
+    def __post_init__(self) -> None:
+        _check(self.selectors, self.n_experts)
+
+    def __call__(self, context: SelectionContext) -> Plan:
+        """RAISES: SamError S301 or S302 if there is nothing to select from or on."""
+        selections = run_selectors(self.selectors, context, self.n_experts)
+        experts = tuple(mean_rank(selections)[: self.n_experts])
+        return make_plan(self.name, [TaskModelSpec(experts, (), dict(self.merge.config))], selections, context)
+
+
+def run_selectors(selectors: Sequence[Selector], context: SelectionContext, n_experts: int) -> List[Selection]:
+    """Every selector's ranking of the bank's experts."""
+    if not context.bank.experts:
+        raise SamError("S301")
+    if not any(text.strip() for text in context.texts):
+        raise SamError("S302")
+    return [selector(context, n_experts) for selector in selectors]
+
+
+def mean_rank(selections: Sequence[Selection]) -> List[str]:
+    """Experts by the mean of their ranks, equal ones in the order of the first selection."""
+    ranks: Dict[str, List[int]] = {}
+    for selection in selections:
+        for rank, (name, _) in enumerate(selection.scores):
+            ranks.setdefault(name, []).append(rank)
+    return sorted(ranks, key=lambda name: (sum(ranks[name]), ranks[name][0]))
+
+
+def make_plan(
+    strategy: str, specs: Sequence[TaskModelSpec], selections: Sequence[Selection], context: SelectionContext
+) -> Plan:
+    """A plan for these task models, with the content hashes of the adapters it uses."""
+    names = sorted({name for spec in specs for name in spec.experts})
+    return Plan(
+        base_hash=context.bank.base_hash,
+        task_models=tuple(specs),
+        adapter_hashes={name: context.bank.adapter_hash(name) for name in names},
+        selections=tuple(selections),
+        strategy=strategy,
+        labels=context.labels,
+        sample_size=len(context.texts),
+    )
+
+
+def _check(selectors: Sequence[Any], n_experts: int) -> None:
+    if not isinstance(n_experts, int) or n_experts < 1:
+        raise SamError("S205", setting="n_experts", expected="a whole number of at least 1", found=repr(n_experts))
+    if not selectors:
+        raise SamError("S205", setting="selectors", expected="at least one selector", found="none")

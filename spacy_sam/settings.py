@@ -1,0 +1,76 @@
+"""The settings of `sam_ner`: defaults, checks, labels."""
+
+from typing import Any, Dict, Sequence, Union
+
+from .annotate import check_labels
+from .errors import SamError
+
+SPANS_KEY = "sc"
+MODES = ("stream", "once", "manual")
+Labels = Union[Sequence[str], Dict[str, str]]
+DEFAULT_CONFIG: Dict[str, Any] = {
+    "bank": None,
+    "labels": [],
+    "strategy": {
+        "@misc": "spacy_sam.SaM.v1",
+        "n_experts": 3,
+        "selectors": {
+            "similarity": {"@misc": "spacy_sam.DomainSimilarity.v1"},
+            "sampling": {"@misc": "spacy_sam.SamplingEvaluation.v1", "sample_size": 10},
+        },
+        "merge": {"@misc": "spacy_sam.TIES.v1", "density": 0.2, "scale": 1.0},
+    },
+    "engine": {
+        "@misc": "spacy_sam.TorchEngine.v1",
+        "device": None,
+        "dtype": None,
+        "max_new_tokens": 128,
+        "tokens_per_batch": 8192,
+        "local_files_only": False,
+    },
+    "selection": "stream",
+    "look_ahead": 100,
+    "min_docs": 10,
+    "encoder": None,
+    "window_size": 128,
+    "window_overlap": 24,
+    "batch_size": 64,
+    "threshold": 0.0,
+    "spans_key": SPANS_KEY,
+    "annotate_ents": True,
+    "ents_filter": None,
+    "overwrite": False,
+    "scorer": {"@scorers": "spacy.ner_scorer.v1"},
+}
+
+
+def check_settings(cfg: Dict[str, Any]) -> None:
+    """RAISES: SamError S702 for the first setting of a wrong kind. confection does not coerce, so kinds are checked here."""
+    whole = {"look_ahead": 1, "min_docs": 1, "window_size": 8, "window_overlap": 0, "batch_size": 1}
+    for setting, least in whole.items():
+        value = cfg[setting]
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise SamError("S702", setting=setting, expected=f"a whole number of at least {least}", found=repr(value))
+    if cfg["window_overlap"] >= cfg["window_size"]:
+        found = f"{cfg['window_overlap']} and {cfg['window_size']}"
+        raise SamError("S702", setting="window_overlap", expected="less than window_size", found=found)
+    if cfg["selection"] not in MODES:
+        raise SamError("S702", setting="selection", expected=f"one of {MODES}", found=repr(cfg["selection"]))
+    threshold = cfg["threshold"]
+    if isinstance(threshold, bool) or not isinstance(threshold, (int, float)) or not 0 <= threshold <= 1:
+        raise SamError("S702", setting="threshold", expected="a number between 0 and 1", found=repr(threshold))
+
+
+def read_labels(labels: Labels) -> Dict[str, str]:
+    """The words that are asked for each label: a list asks its names, a dict its values.
+
+    RAISES: SamError S202 if it is neither, or two labels ask the same; S203 for a label that cannot be asked.
+    """
+    if isinstance(labels, str) or not isinstance(labels, (dict, list, tuple)):
+        raise SamError("S202", expected="a list of names, or a dict of names and what to ask", found=repr(labels))
+    if not isinstance(labels, dict):
+        return {label: label for label in check_labels(labels)}
+    names, phrases = check_labels(labels), check_labels(labels.values())
+    if len(names) != len(phrases) or len(names) != len(labels):
+        raise SamError("S202", expected="different names that ask different things", found=repr(labels))
+    return dict(zip(names, phrases))

@@ -1,0 +1,134 @@
+"""The training config: a spaCy `.cfg` file, checked as a whole before any work starts."""
+
+from pathlib import Path
+from typing import Any, Dict, List, Literal, Mapping, Optional, Union
+
+from confection import Config
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from ..errors import SamError
+from ..prompts import LinesFormat
+from ..select.encoder import DEFAULT_ENCODER
+from .sft import SftSettings
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class BankSection(Section):
+    """Name of the bank, prompt instruction, and the encoder of the centroids."""
+
+    name: str = "bank"
+    instruction: str = ""
+    prompt: str = LinesFormat.name
+    encoder: str = DEFAULT_ENCODER
+    encoder_path: Optional[str] = None
+    centroid_texts: int = Field(default=2000, ge=1)
+
+
+class BaseSection(Section):
+    """Where the base comes from.
+
+    kind "hub": a causal LM by path or hub id (`source`, `revision`), used as it is. "encoder": a decoder made from a
+    BERT-shaped encoder (`source`; empty for the offline extra's MiniLM) and a new vocabulary. "random": a small Llama
+    from nothing. The last two are written into the bank, and trained if `[base_training]` says so.
+    """
+
+    kind: Literal["hub", "encoder", "random"]
+    source: Optional[str] = None
+    revision: Optional[str] = None
+    vocab_size: int = Field(default=20000, ge=300)
+    context: int = Field(default=512, ge=64)
+    hidden_size: int = Field(default=256, ge=8)
+    n_layers: int = Field(default=4, ge=1)
+    n_heads: int = Field(default=4, ge=1)
+
+
+class LoraSection(Section):
+    rank: int = Field(default=16, ge=1)
+    alpha: float = Field(default=32, gt=0)
+    target_modules: Union[str, List[str]] = "all-linear"
+
+
+class RunSection(Section):
+    """One training run; see `sft.SftSettings`."""
+
+    max_steps: int = Field(ge=1)
+    learning_rate: float = Field(gt=0)
+    tokens_per_batch: int = Field(default=4096, ge=64)
+    warmup_steps: int = Field(default=50, ge=0)
+    weight_decay: float = Field(default=0.01, ge=0)
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    gradient_accumulation: int = Field(default=1, ge=1)
+    bf16: bool = True
+
+    def settings(self, seed: int) -> SftSettings:
+        return SftSettings(**self.model_dump(), seed=seed)
+
+
+class DataSection(Section):
+    """How examples are made: the longest one in tokens, and the most labels one prompt asks."""
+
+    max_length: int = Field(default=256, ge=32)
+    max_labels: int = Field(default=16, ge=1)
+
+
+class DomainSection(Section):
+    """One expert: glob patterns of its corpora. Dev sets are only scored, never trained on."""
+
+    train: List[str] = Field(min_length=1)
+    dev: List[str] = []
+
+
+class TrainConfig(Section):
+    """Everything `spacy sam train` needs."""
+
+    bank: BankSection = BankSection()
+    base: BaseSection
+    base_training: Optional[RunSection] = None
+    lora: LoraSection = LoraSection()
+    expert_training: RunSection
+    unified_training: Optional[RunSection] = None
+    data: DataSection = DataSection()
+    domains: Dict[str, DomainSection] = Field(min_length=1)
+    dev_texts: int = Field(default=200, ge=1)
+    save_minutes: float = Field(default=3.0, gt=0)
+    seed: int = 0
+    paths: Dict[str, Optional[str]] = {}
+
+
+def read_config(path: Path, overrides: Mapping[str, Any] = {}) -> TrainConfig:
+    """Read and check a training config.
+
+    path (Path): The `.cfg` file.
+    overrides (Mapping[str, Any]): Values by dotted name, as in `--paths.data corpora`.
+    RETURNS (TrainConfig): Checked; `[training]` entries are at its top.
+    RAISES: SamError S601 with every problem found.
+    """
+    if not path.is_file():
+        raise SamError("S601", path=path, problems="there is no such file")
+    try:
+        raw = Config().from_disk(path, interpolate=True, overrides=dict(overrides))
+    except ValueError as error:
+        raise SamError("S601", path=path, problems=error) from error
+    data = {key: value for key, value in raw.items() if key != "training"}
+    data.update(raw.get("training", {}))
+    try:
+        return TrainConfig.model_validate(data)
+    except ValidationError as error:
+        problems = "\n".join(f"  {'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        raise SamError("S601", path=path, problems=problems) from error
+
+
+def expand(patterns: List[str]) -> List[Path]:
+    """Files of glob patterns, sorted. RAISES: SamError S602 if a pattern matches nothing."""
+    found: List[Path] = []
+    for pattern in patterns:
+        root = Path(pattern).anchor or "."
+        relative = str(Path(pattern).relative_to(root)) if Path(pattern).is_absolute() else pattern
+        matches = sorted(p for p in Path(root).glob(relative) if p.is_file())
+        if not matches:
+            raise SamError("S602", path=pattern)
+        found.extend(matches)
+    return found

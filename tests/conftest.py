@@ -1,0 +1,28 @@
+"""Fixtures that every test file shares."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import make_tiny_bank
+
+from spacy_sam.bank import ExpertBank
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tiny_bank_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a bank of three random experts on a tiny Llama, built once: do not change it."""
+    path = tmp_path_factory.mktemp("banks") / "tiny"
+    make_tiny_bank(path)
+    return path
+
+
+@pytest.fixture
+def bank_copy(tiny_bank_path: Path, tmp_path: Path) -> ExpertBank:
+    """The same bank as a copy that the test may damage; its folder is `bank_copy.path`."""
+    path = tmp_path / "bank"
+    shutil.copytree(tiny_bank_path, path)
+    return ExpertBank(path)
