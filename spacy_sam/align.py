@@ -3,6 +3,7 @@
 import re
 import unicodedata
 from bisect import bisect_left
+from functools import lru_cache
 from typing import Callable, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple
 
 from .prompts import flatten_text
@@ -238,6 +239,7 @@ def _fold(text: str) -> str:
     return "".join(_FOLDS.get(char) or char.casefold() for char in text)
 
 
+@lru_cache(maxsize=4096)
 def _composes(char: str) -> bool:
     """Whether normalisation can join a character to the one before: marks, and the later parts of a Hangul syllable."""
     first = unicodedata.normalize("NFKC", char)[0]
@@ -266,6 +268,7 @@ def _is_boundary(text: str, at: int) -> bool:
     return bool(_IN_UNSPACED.match(before) or _IN_UNSPACED.match(after))
 
 
+@lru_cache(maxsize=4096)
 def _is_in_word(char: str) -> bool:
     is_variation_selector = "\ufe00" <= char <= "\ufe0f" or "\U000e0100" <= char <= "\U000e01ef"
     return char.isalnum() or (_is_mark(char) and not is_variation_selector)

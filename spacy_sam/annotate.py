@@ -44,7 +44,7 @@ class Annotator:
         Half of what is left after the prompt is kept for the answer.
         RAISES: SamError S204 if the labels leave no room.
         """
-        n_prefix = self.engine.prompt_length(labels)
+        n_prefix = max(self.engine.prompt_length(group) for group in self.format.groups(labels))
         left = self.engine.context - n_prefix
         if left < MIN_ROOM:
             raise SamError("S204", n_prefix=n_prefix, left=left, context=self.engine.context, needed=MIN_ROOM)
@@ -75,9 +75,14 @@ class Annotator:
         return [frozenset((p.start, p.end, p.label) for p in placed) for placed in answers]
 
     def _answers(self, spec: TaskModelSpec, labels: Sequence[str], windows: Sequence[Window]) -> List[List[Placed]]:
-        requests = [Request(spec, tuple(labels), window.text) for window in windows]
-        completions = self.engine.generate(requests)
-        return [self._place(completion, labels, window) for completion, window in zip(completions, windows)]
+        groups = self.format.groups(labels)
+        requests = [Request(spec, group, window.text) for group in groups for window in windows]
+        completions = iter(self.engine.generate(requests))
+        answers: List[List[Placed]] = [[] for _ in windows]
+        for group in groups:
+            for answer, window in zip(answers, windows):
+                answer.extend(self._place(next(completions), group, window))
+        return answers
 
     def _place(self, completion: Completion, labels: Sequence[str], window: Window) -> List[Placed]:
         text = completion.text

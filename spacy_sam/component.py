@@ -159,7 +159,7 @@ class SamNer(Pipe):
             "overwrite": overwrite,
         }
         check_settings(self.cfg)
-        self._set_labels(labels)
+        self.set_labels(labels)
         self._plan: Optional[Plan] = None
         self._annotator: Optional[Annotator] = None
         self._bank: Optional[ExpertBank] = None
@@ -212,7 +212,7 @@ class SamNer(Pipe):
         (checked,) = check_labels([label])
         if checked in self.cfg["labels"]:
             return 0
-        self._set_labels({**self.cfg["labels"], checked: checked})
+        self.set_labels({**self.cfg["labels"], checked: checked})
         return 1
 
     def select(self, texts: Iterable[Union[str, Doc]]) -> Plan:
@@ -404,7 +404,7 @@ class SamNer(Pipe):
         self._add_strings(shared)
         return {label: label for label in shared}
 
-    def _set_labels(self, labels: Labels) -> None:
+    def set_labels(self, labels: Labels) -> None:
         self.cfg["labels"] = read_labels(labels)
         self._add_strings(self.cfg["labels"])
 
@@ -472,7 +472,7 @@ class SamNer(Pipe):
     def _load_cfg(self, cfg: Dict[str, Any]) -> None:
         self.cfg.update(cfg)
         check_settings(self.cfg)
-        self._set_labels(self.cfg["labels"])
+        self.set_labels(self.cfg["labels"])
 
     def _load_plan(self, data: Dict[str, Any]) -> None:
         self._plan = Plan.from_dict(data) if data else None

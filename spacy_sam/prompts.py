@@ -38,13 +38,23 @@ def flatten_text(text: str) -> str:
 
 @dataclass(frozen=True)
 class LinesFormat:
-    """One line for each entity, in order of appearance: ` surface | label`. The answer ends with the end token."""
+    """One line for each entity, in order of appearance: ` surface | label`. The answer ends with the end token.
+
+    instruction: Put before the labels, for bases that follow instructions.
+    max_labels: The most labels one prompt asks. Longer lists are asked in groups, as the experts were trained.
+    """
 
     instruction: str = ""
+    max_labels: int = 16
     name: ClassVar[str] = "spacy_sam.Lines.v1"
 
     def prefix(self, labels: Sequence[str]) -> str:
         return f"{self.instruction}Types: {'; '.join(labels)}\nText:"
+
+    def groups(self, labels: Sequence[str]) -> List[Tuple[str, ...]]:
+        """Labels in the fewest groups of at most `max_labels`, of like size, in order."""
+        n_groups = -(-len(labels) // self.max_labels)
+        return [tuple(labels[i * len(labels) // n_groups : (i + 1) * len(labels) // n_groups]) for i in range(n_groups)]
 
     def body(self, text: str) -> str:
         return f" {flatten_text(text)}\nEntities:\n"

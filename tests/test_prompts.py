@@ -190,7 +190,9 @@ def test_prompts_format_by_name():
     assert make_format({"name": "spacy_sam.Lines.v1"}) == LinesFormat()
 
 
-@pytest.mark.parametrize("settings", [{}, {"name": "spacy_sam.Lines.v0"}, {"name": "spacy_sam.Lines.v1", "bullet": "-"}])
+@pytest.mark.parametrize(
+    "settings", [{}, {"name": "spacy_sam.Lines.v0"}, {"name": "spacy_sam.Lines.v1", "bullet": "-"}]
+)
 def test_prompts_unknown_format_is_refused(settings):
     with pytest.raises(SamError, match=r"^\[S201\]") as caught:
         make_format(settings)

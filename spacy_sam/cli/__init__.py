@@ -1,0 +1,5 @@
+"""The command line: `python -m spacy sam ...` and `spacy-sam ...`. Heavy imports happen inside the commands."""
+
+from .app import app, main
+
+__all__ = ["app", "main"]

@@ -230,7 +230,11 @@ def _schedule(
 
 
 def _prompt(config: TrainConfig) -> Dict[str, Any]:
-    return {"name": config.bank.prompt, "instruction": config.bank.instruction}
+    return {
+        "name": config.bank.prompt,
+        "instruction": config.bank.instruction,
+        "max_labels": config.data.max_labels,
+    }
 
 
 def _save_base(model: Any, tokenizer: Any, folder: Path) -> None:

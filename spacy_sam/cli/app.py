@@ -1,0 +1,71 @@
+"""The Typer application and what all commands share.
+
+Exit codes: 0 all went well; 1 something the user can mend (a coded error); 2 wrong usage.
+"""
+
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Iterator, List, Optional
+
+import typer
+from wasabi import msg
+
+from ..errors import SamError
+
+app = typer.Typer(
+    name="sam",
+    help="Select domain experts for a corpus, merge them, annotate. No labels, no training.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+bank_app = typer.Typer(help="List, check and change a bank of experts.", no_args_is_help=True)
+app.add_typer(bank_app, name="bank")
+
+BankOption = typer.Option(None, "--bank", "-b", help="Bank folder. Default: the bank that comes with the package.")
+
+
+@contextmanager
+def mendable() -> Iterator[None]:
+    """Print a coded error without its traceback, and leave with exit code 1."""
+    try:
+        yield
+    except SamError as error:
+        msg.fail(str(error), spaced=True)
+        raise typer.Exit(1) from error
+
+
+def progress_wanted() -> bool:
+    """Bars only on a terminal, so that logs stay readable."""
+    return sys.stderr.isatty()
+
+
+def read_all_texts(paths: List[Path]) -> List[str]:
+    """Texts of several files. RAISES: SamError S602, S603 or S801."""
+    from ..corpora import read_texts
+
+    texts = [text for path in paths for text in read_texts(path)]
+    if not texts:
+        raise SamError("S801", path=", ".join(map(str, paths)))
+    return texts
+
+
+def make_component(bank: Optional[Path], labels: Optional[str], device: Optional[str] = None):
+    """A blank English pipeline with `sam_ner`, and the component."""
+    import spacy
+
+    config = {
+        "bank": str(bank) if bank else None,
+        "labels": [label.strip() for label in labels.split(",")] if labels else [],
+        "engine": {"@misc": "spacy_sam.TorchEngine.v1", "device": device},
+    }
+    nlp = spacy.blank("en")
+    return nlp, nlp.add_pipe("sam_ner", config=config)
+
+
+def main() -> None:
+    """Entry point of the `spacy-sam` script."""
+    from . import commands  # noqa: F401 (registers the commands)
+
+    app(prog_name="spacy-sam")

@@ -1,0 +1,284 @@
+"""The commands. Each one reads its arguments, calls the package, prints."""
+
+import json
+from pathlib import Path
+from typing import Any, Dict, List, Optional
+
+import typer
+from wasabi import msg
+
+from ..errors import SamError
+from .app import BankOption, app, bank_app, make_component, mendable, progress_wanted, read_all_texts
+
+LabelsOption = typer.Option(None, "--labels", "-l", help="Comma-separated entity types to ask.")
+DeviceOption = typer.Option(None, "--device", "-d", help="cpu, cuda, cuda:1, mps. Default: the best there is.")
+
+
+@app.command("train", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def train_cli(
+    ctx: typer.Context,
+    config: Path = typer.Argument(..., help="Training config (.cfg)."),
+    out: Path = typer.Argument(..., help="Folder of the bank to write, or to go on with."),
+    score: bool = typer.Option(True, help="Score each expert on its dev sets afterwards."),
+) -> None:
+    """Train a bank: a base if the config builds one, an expert for each domain, the unified baseline.
+
+    Example: python -m spacy sam train configs/bank.cfg bank --paths.data DATA
+    """
+    from spacy.cli._util import parse_config_overrides
+
+    from ..train.config import read_config
+    from ..train.run import train_bank
+    from ..train.scores import score_bank
+
+    with mendable():
+        settings = read_config(config, parse_config_overrides(ctx.args, env_var=None))
+        bank = train_bank(settings, out, progress=progress_wanted(), report=msg.info)
+        if score:
+            score_bank(bank, settings, report=msg.info)
+        msg.good(f"Bank with {len(bank)} experts: {out}")
+
+
+@app.command("select")
+def select_cli(
+    texts: List[Path] = typer.Argument(..., help="Sample of the corpus: .jsonl, .spacy or .txt (a text a line)."),
+    out: Optional[Path] = typer.Option(None, "--output", "-o", help="Write the plan here (JSON)."),
+    bank: Optional[Path] = BankOption,
+    labels: Optional[str] = LabelsOption,
+    device: Optional[str] = DeviceOption,
+) -> None:
+    """Rank the bank's experts for a corpus and make the plan.
+
+    Example: python -m spacy sam select corpus.jsonl -l politician,election -o plan.json
+    """
+    with mendable():
+        _, component = make_component(bank, labels, device)
+        plan = component.select(read_all_texts(texts))
+        for selection in plan.selections:
+            msg.divider(selection.selector)
+            rows = [
+                (name, f"{value:.3f}", "yes" if name in selection.chosen else "") for name, value in selection.scores
+            ]
+            msg.table(rows, header=("expert", "score", "chosen"), divider=True, aligns=("l", "r", "l"))
+        for number, spec in enumerate(plan.task_models, 1):
+            msg.text(f"Task model {number}: {spec.name}")
+        if out:
+            plan.to_disk(out)
+            msg.good(f"Plan {plan.fingerprint}: {out}")
+
+
+@app.command("merge")
+def merge_cli(
+    plan: Path = typer.Argument(..., help="Plan from `sam select`."),
+    out: Path = typer.Argument(..., help="Folder for the merged models."),
+    bank: Optional[Path] = BankOption,
+) -> None:
+    """Write each task model of a plan as a plain model folder that transformers loads.
+
+    Example: python -m spacy sam merge plan.json merged/
+    """
+    from ..bank import ExpertBank, bundled_bank_path
+    from ..merge.export import write_task_models
+    from ..plan import Plan
+    from ..registered import resolve_method
+
+    with mendable():
+        opened = ExpertBank(bank or bundled_bank_path())
+        for folder, spec in write_task_models(opened, Plan.from_disk(plan), out, resolve_method):
+            msg.good(f"{spec.name}: {folder}")
+
+
+@app.command("evaluate")
+def evaluate_cli(
+    corpora: List[Path] = typer.Argument(..., help="Annotated .jsonl, .spacy or .conll files; each is one corpus."),
+    bank: Optional[Path] = BankOption,
+    out: Optional[Path] = typer.Option(None, "--output", "-o", help="Write all scores here (JSON)."),
+    limit: Optional[int] = typer.Option(None, "--limit", "-n", min=1, help="First documents of each corpus."),
+    rows: str = typer.Option("base,unified,experts,all,sam,eco", help="What to compare."),
+    n_experts: int = typer.Option(3, min=1, help="Experts of a task model."),
+    density: float = typer.Option(0.2, min=0.0, max=1.0, help="TIES: share of each task vector that is kept."),
+    scale: float = typer.Option(1.0, help="TIES: factor of the merged task vector."),
+    exclude: str = typer.Option("", help="Comma-separated types to leave out."),
+    per_type: bool = typer.Option(False, help="Print the scores of each type, too."),
+    device: Optional[str] = DeviceOption,
+) -> None:
+    """Strict span scores of the base, the unified baseline, each expert, all merged, SaM and SaM-eco.
+
+    Example: python -m spacy sam evaluate targets/*.test.jsonl -n 100 -o scores.json
+    """
+    from .. import evaluate as ev
+    from ..corpora import read_records
+    from ..registered import make_ties
+
+    with mendable():
+        wanted = [row.strip() for row in rows.split(",") if row.strip()]
+        unknown = sorted(set(wanted) - set(ev.ROWS))
+        if unknown:
+            raise SamError("S802", problem=f"Unknown rows {unknown} in --rows. Use some of {', '.join(ev.ROWS)}.")
+        left_out = [label.strip() for label in exclude.split(",") if label.strip()]
+        records = {_corpus_name(path): ev.exclude(read_records(path)[:limit], left_out) for path in corpora}
+        nlp, component = make_component(bank, None, device)
+        table = ev.evaluate(
+            nlp,
+            component,
+            records,
+            merge=make_ties(density, scale),
+            n_experts=n_experts,
+            rows=wanted,
+            on_result=_print_result,
+        )
+        _print_table(ev.to_rows(table))
+        if per_type:
+            _print_types(table)
+        if out:
+            out.write_text(json.dumps(ev.to_json(table), indent=2, ensure_ascii=False) + "\n", encoding="utf8")
+            msg.good(f"Scores: {out}")
+
+
+@app.command("report")
+def report_cli(
+    texts: List[Path] = typer.Argument(..., help="Documents: .jsonl, .spacy or .txt (a text a line)."),
+    out: Path = typer.Argument(..., help="HTML page to write."),
+    bank: Optional[Path] = BankOption,
+    labels: Optional[str] = LabelsOption,
+    plan: Optional[Path] = typer.Option(None, "--plan", "-p", help="Plan from `sam select`. Default: select here."),
+    limit: int = typer.Option(50, "--limit", "-n", min=1, help="Documents shown."),
+    device: Optional[str] = DeviceOption,
+) -> None:
+    """Annotate documents and write one HTML page: selection, plan, counts, entities.
+
+    Example: python -m spacy sam report corpus.jsonl page.html -l politician,election
+    """
+    from ..plan import Plan
+    from ..report import render_report
+
+    with mendable():
+        nlp, component = make_component(bank, labels, device)
+        if plan:
+            component.plan = Plan.from_disk(plan)
+        all_texts = read_all_texts(texts)
+        used = component.plan or component.select(all_texts)
+        docs = list(component.pipe((nlp.make_doc(text) for text in all_texts[:limit]), plan=used))
+        out.write_text(render_report(docs, used), encoding="utf8")
+        msg.good(f"Page with {len(docs)} documents: {out}")
+
+
+@app.command("demo")
+def demo_cli(
+    out: Path = typer.Option(Path("sam_demo.html"), "--output", "-o", help="displaCy page to write."),
+    bank: Optional[Path] = BankOption,
+    device: Optional[str] = DeviceOption,
+) -> None:
+    """Annotate two small corpora of different domains and show what happens.
+
+    Example: python -m spacy sam demo
+    """
+    from ..demo import run_demo
+
+    with mendable():
+        run_demo(out, bank=bank, device=device)
+
+
+@bank_app.command("list")
+def bank_list(bank: Optional[Path] = BankOption) -> None:
+    """List the experts of a bank.
+
+    Example: python -m spacy sam bank list
+    """
+    from ..bank import ExpertBank, bundled_bank_path
+
+    with mendable():
+        opened = ExpertBank(bank or bundled_bank_path())
+        rows = []
+        for card in [*opened.experts, *opened.baselines]:
+            scores = [score.f for score in card.scores.values()]
+            mean = f"{100 * sum(scores) / len(scores):.1f}" if scores else ""
+            rows.append((card.name, card.role, str(len(card.corpora)), str(len(card.labels)), mean))
+        msg.text(f"{opened.name}: base {opened.base[0]} ({opened.base_hash})")
+        msg.table(
+            rows, header=("name", "role", "corpora", "types", "dev F1"), divider=True, aligns=("l", "l", "r", "r", "r")
+        )
+
+
+@bank_app.command("check")
+def bank_check(bank: Optional[Path] = BankOption) -> None:
+    """Validate a bank, weights included.
+
+    Example: python -m spacy sam bank check --bank bank/
+    """
+    from ..bank import ExpertBank, bundled_bank_path
+
+    with mendable():
+        names = ExpertBank(bank or bundled_bank_path()).check()
+        msg.good(f"Base and {len(names)} adapters are sound: {', '.join(names)}")
+
+
+@bank_app.command("add")
+def bank_add(
+    bank: Path = typer.Argument(..., help="Bank folder."),
+    name: str = typer.Argument(..., help="Name of the expert."),
+    adapter: Path = typer.Argument(..., help="PEFT adapter folder with a card.json, as in another bank."),
+) -> None:
+    """Add an expert to a bank. No other expert is touched.
+
+    Example: python -m spacy sam bank add bank/ chemistry other_bank/experts/chemistry
+    """
+    from ..bank import CARD_FILE, ExpertBank
+    from ..plan import Expert, from_json
+
+    with mendable():
+        path = adapter / CARD_FILE
+        if not path.is_file():
+            raise SamError("S104", name=name, path=path)
+        card = from_json(Expert, _read_json(path), "S102", path=path)
+        ExpertBank(bank).add(name, adapter, card)
+        msg.good(f"'{name}' is in {bank}")
+
+
+@bank_app.command("remove")
+def bank_remove(
+    bank: Path = typer.Argument(..., help="Bank folder."),
+    name: str = typer.Argument(..., help="Name of the expert."),
+) -> None:
+    """Remove an expert from a bank. No other expert is touched.
+
+    Example: python -m spacy sam bank remove bank/ chemistry
+    """
+    from ..bank import ExpertBank
+
+    with mendable():
+        ExpertBank(bank).remove(name)
+        msg.good(f"'{name}' is no longer in {bank}")
+
+
+def _read_json(path: Path) -> Dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf8"))
+    except ValueError as error:
+        raise SamError("S102", path=path, reason=error) from error
+
+
+def _corpus_name(path: Path) -> str:
+    return path.name.rsplit(".", 1)[0]
+
+
+def _print_result(corpus: str, row: str, result: Any) -> None:
+    models = " | ".join(result.task_models)
+    msg.text(f"{corpus}: {row}  P {result.p:.3f}  R {result.r:.3f}  F {result.f:.3f}  ({models})")
+
+
+def _print_table(rows: List[List[str]]) -> None:
+    msg.divider("Strict span F1, percent")
+    aligns = ("l", *["r"] * (len(rows[0]) - 1))
+    msg.table(rows[1:], header=rows[0], divider=True, aligns=aligns)
+
+
+def _print_types(table: Any) -> None:
+    for corpus, results in table.items():
+        msg.divider(f"{corpus}: F1 by type, percent")
+        types = sorted({label for result in results.values() for label in result.per_type})
+        lines = [
+            [label, *(f"{100 * r.per_type[label]['f']:.1f}" if label in r.per_type else "-" for r in results.values())]
+            for label in types
+        ]
+        msg.table(lines, header=["type", *results], divider=True, aligns=("l", *["r"] * len(results)))

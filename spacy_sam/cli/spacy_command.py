@@ -1,0 +1,8 @@
+"""Adds `sam` to spaCy's own command line. spaCy imports this module through the `spacy_cli` entry point."""
+
+from spacy.cli._util import app as spacy_app
+
+from . import commands  # noqa: F401 (registers the commands)
+from .app import app
+
+spacy_app.add_typer(app, name="sam")
