@@ -5,7 +5,7 @@ import os
 import warnings
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple, Type, Union
 
 import srsly
 from spacy import util
@@ -410,7 +410,7 @@ class SamNer(Pipe):
 
     def _add_strings(self, labels: Iterable[str]) -> None:
         for label in labels:
-            self.vocab.strings.add(label, allow_transient=False)
+            self.vocab.strings.add(label, allow_transient=False)  # type: ignore[call-arg]  # newer than its stub
 
     def _guard_process(self) -> None:
         """In a new process: one torch thread (a forked thread pool hangs), and no CUDA model of the parent's."""
@@ -478,7 +478,7 @@ class SamNer(Pipe):
         self._plan = Plan.from_dict(data) if data else None
 
 
-def _rebuild(cls: type, vocab: Vocab, name: str, state: Dict[str, Any]) -> SamNer:
+def _rebuild(cls: Type[SamNer], vocab: Vocab, name: str, state: Dict[str, Any]) -> SamNer:
     component = cls.__new__(cls)
     component.vocab = vocab
     component.name = name

@@ -4,9 +4,9 @@ import time
 from pathlib import Path
 from typing import Dict, List, Optional, Tuple
 
-import spacy
 from wasabi import msg
 
+from .evaluate import make_pipeline
 from .report import render_report
 
 POLITICS = [
@@ -52,17 +52,13 @@ def run_demo(out: Path, *, bank: Optional[Path] = None, device: Optional[str] = 
     """
     for domain, (labels, texts) in CORPORA.items():
         msg.divider(f"{domain}: {', '.join(labels)}")
-        nlp = spacy.blank("en")
-        config = {
-            "bank": str(bank) if bank else None,
-            "labels": labels,
-            "engine": {"@misc": "spacy_sam.TorchEngine.v1", "device": device},
-        }
-        component = nlp.add_pipe("sam_ner", config=config)
+        engine = {"@misc": "spacy_sam.TorchEngine.v1", "device": device}
+        nlp, component = make_pipeline(bank, labels, engine=engine)
         start = time.perf_counter()
         docs = list(nlp.pipe(texts))
         seconds = time.perf_counter() - start
         plan = component.plan
+        assert plan is not None
         for selection in plan.selections:
             rows = [(name, f"{value:.3f}", "*" if name in selection.chosen else "") for name, value in selection.scores]
             msg.table(rows, header=(selection.selector, "score", ""), divider=True, aligns=("l", "r", "l"))

@@ -53,7 +53,7 @@ MESSAGES = {
     "S405": "Expert '{expert}' changes '{matrix}', which the base keeps as {dtype}. Task vectors can only be added to "
     "weights in float16, bfloat16, float32 or float64: load a base that is not quantised.",
     # Generation
-    "S501": "Device '{device}' is not available here: {reason}. Set 'device' to 'cpu', or leave it empty for the best one there is.",
+    "S501": "Device '{device}' is not available here: {reason}. Set 'device' to 'cpu', or leave it empty for the best.",
     "S502": "Unknown dtype '{dtype}'. Use one of: {known}.",
     "S503": "The base at {path} cannot be loaded: {reason}.",
     "S504": "The model was put on {device} in another process. CUDA cannot be used in a forked worker: call nlp.pipe with "

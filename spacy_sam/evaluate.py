@@ -1,8 +1,10 @@
 """Strict span scores of the base, the experts and the merged plans on annotated corpora, through spaCy's scorer."""
 
 from dataclasses import asdict, dataclass, field
-from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
+from pathlib import Path
+from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
 
+import spacy
 from spacy.language import Language
 from spacy.scorer import get_ner_prf
 from spacy.tokens import Doc
@@ -35,6 +37,15 @@ class Result:
 Table = Dict[str, Dict[str, Result]]  # corpus -> row -> result
 
 
+def make_pipeline(bank: Optional[Path] = None, labels: Sequence[str] = (), **config: Any) -> Tuple[Language, SamNer]:
+    """A blank English pipeline with `sam_ner`, and the component. `config`: more of its settings."""
+    nlp = spacy.blank("en")
+    settings = {"bank": str(bank) if bank else None, "labels": list(labels), **config}
+    component = nlp.add_pipe("sam_ner", config=settings)
+    assert isinstance(component, SamNer)
+    return nlp, component
+
+
 def gold_doc(nlp: Language, record: Record) -> Doc:
     """The reference document. Entity-free ones are marked as annotated, or false positives in them would not count."""
     doc = nlp.make_doc(record.text)
@@ -59,8 +70,8 @@ def score(nlp: Language, component: SamNer, records: Sequence[Record], plan: Opt
     used = plan or component.plan
     per_type = {label: dict(prf) for label, prf in sorted((scores["ents_per_type"] or {}).items())}
     names = tuple(spec.name for spec in used.task_models) if used else ()
-    prf = [float(scores[key] or 0.0) for key in ("ents_p", "ents_r", "ents_f")]
-    return Result(*prf, per_type=per_type, task_models=names, n_docs=len(examples))
+    p, r, f = (float(scores[key] or 0.0) for key in ("ents_p", "ents_r", "ents_f"))
+    return Result(p, r, f, per_type=per_type, task_models=names, n_docs=len(examples))
 
 
 def plans(bank: ExpertBank, merge: Any, n_experts: int, rows: Sequence[str]) -> Dict[str, Any]:
@@ -92,7 +103,7 @@ def plan_of(bank: ExpertBank, experts: Sequence[str] = (), merge: Any = None) ->
 def evaluate(
     nlp: Language,
     component: SamNer,
-    corpora: Dict[str, Sequence[Record]],
+    corpora: Mapping[str, Sequence[Record]],
     *,
     merge: Any,
     n_experts: int = 3,
@@ -103,7 +114,7 @@ def evaluate(
 
     nlp (Language): Tokenises.
     component (SamNer): Holds the bank and the engine; its labels and plan are changed.
-    corpora (Dict[str, Sequence[Record]]): Annotated corpora by name; their types are what is asked.
+    corpora (Mapping[str, Sequence[Record]]): Annotated corpora by name; their types are what is asked.
     merge (MergeMethod): Merges the rows "all", "sam" and "eco".
     n_experts (int): Experts of a task model in "sam" and "eco".
     rows (Sequence[str]): Which of ROWS to run.
@@ -114,9 +125,8 @@ def evaluate(
     for name, records in corpora.items():
         component.set_labels(sorted({label for record in records for _, _, label in record.entities}))
         table[name] = {}
-        for row, plan in plans(component.bank, merge, n_experts, rows).items():
-            if not isinstance(plan, Plan):
-                plan = _select(component, plan, records)
+        for row, made in plans(component.bank, merge, n_experts, rows).items():
+            plan = made if isinstance(made, Plan) else _select(component, made, records)
             table[name][row] = score(nlp, component, records, plan)
             on_result(name, row, table[name][row])
     return table

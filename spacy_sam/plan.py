@@ -6,7 +6,7 @@ import math
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any, Dict, Mapping, Optional, Tuple, Type, TypeVar, Union
+from typing import Any, Dict, Hashable, Mapping, Optional, Tuple, Type, TypeVar, Union
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 

@@ -119,7 +119,7 @@ class PromptEncoder:
         return self.plain(self.format.body(text))
 
     def answer(self, text: str, entities: Iterable[Tuple[int, int, str]]) -> List[int]:
-        return self.plain(self.format.answer(text, entities)) + [self.tokenizer.eos_token_id]
+        return [*self.plain(self.format.answer(text, entities)), self.tokenizer.eos_token_id]
 
     def starts(self, text: str) -> List[int]:
         """Character starts of the tokens of `text`, ascending and without repeats."""

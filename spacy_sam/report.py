@@ -19,7 +19,8 @@ body { font: 16px/1.6 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto
 table { border-collapse: collapse; margin: .5rem 0 1.5rem; } th, td { text-align: left; padding: .2rem .8rem .2rem 0; }
 .bar { background: var(--bar); height: .7rem; border-radius: 2px; } .chosen td { font-weight: 600; }
 .entities { border-top: 1px solid var(--line); padding: .8rem 0; line-height: 2.2; }
-.entity { color: #111; padding: .2rem .4rem; border-radius: .3rem; } .key { padding: .1rem .6rem; border-radius: .3rem; color: #111; }
+.entity { color: #111; padding: .2rem .4rem; border-radius: .3rem; }
+.key { padding: .1rem .6rem; border-radius: .3rem; color: #111; }
 .label { font-size: .7em; font-weight: 600; margin-left: .4rem; text-transform: uppercase; }
 """
 
@@ -38,7 +39,7 @@ def _render_doc(doc: Doc, spans_key: str) -> str:
         title = found_by + (f", score {score:.2f}" if score is not None else "")
         colour = COLOURS[2] if len(sources) > 1 else COLOURS[min(sources[0], 1)] if sources else "#ddd"
         params = {"title": title, "bg": colour}
-        entities.append({"start": ent.start_char, "end": ent.end_char, "label": ent.label_, "params": params})
+        entities.append({"start": ent.start_char, "end": ent.end_char, "label": escape(ent.label_), "params": params})
     manual = {"text": doc.text, "ents": entities, "title": None}
     return displacy.render(manual, style="ent", manual=True, jupyter=False, options={"template": ENTITY})
 

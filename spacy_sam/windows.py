@@ -47,8 +47,6 @@ def doc_windows(doc: Doc, *, token_starts: Callable[[str], Sequence[int]], size:
     if not 0 <= overlap < size:
         raise SamError("S205", setting="overlap", expected=f"at least 0 and less than the size ({size})", found=overlap)
     text = doc.text
-    if not text.strip():
-        return []
     cutter = _Cutter(doc, text, token_starts(text), size, overlap)
     windows = []
     start = todo = cutter.skip_space(0)
@@ -97,15 +95,15 @@ class _Cutter:
     def step_back(self, start: int, end: int, todo: int) -> int:
         """Where the window after [start, end) starts, so that they overlap and it holds at least `todo`."""
         next_token = bisect_right(self.token_ends, todo)
-        first = bisect_left(self.model_starts, end) - self.overlap
+        first = max(bisect_left(self.model_starts, end) - self.overlap, bisect_right(self.model_starts, start))
         if self.token_starts[next_token] >= end:
             first = max(first, bisect_left(self.model_starts, self.token_ends[next_token]) - self.size)
-        back = self._model_start(max(first, 0))
+        back = self._model_start(first)
         token = bisect_left(self.token_starts, back)
         if token < len(self.token_starts) and self.token_starts[token] <= todo:
             back = self.token_starts[token]
         back = self.skip_space(back)
-        return back if start < back < todo < self._reach(back) else todo
+        return back if back < todo < self._reach(back) else todo
 
     def _reach(self, start: int) -> int:
         """The latest end of a window from `start`."""

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from spacy_sam.align import Candidate, Placed, Scored, align, resolve_overlaps, union
 from spacy_sam.prompts import LinesFormat, flatten_text
 
-long_run = settings(deadline=None, max_examples=500)
+long_run = settings(deadline=None, max_examples=400)
 # Letters that compose, fold to two, join or stand in words without spaces; and what parts words.
 ALPHABET = "abAB1_.-' \n\u00a0\u3000éÉe\u0301iIİıßﬁ①Ａ中国東ｶﾞカกำ่한ᄒ\u1161\u11ab👩🏽\u200d❤\ufe0f¨"
 tricky_texts = st.text(ALPHABET, max_size=30)
@@ -253,10 +253,10 @@ def test_align_spellings_share_what_is_taken():
 def test_align_linear_in_long_texts(text):
     rng = random.Random(0)
     mentions = []
-    for number in range(100):
+    for number in range(50):
         start = rng.randrange(len(text))
         mentions += [Scored("X", text[start : start + number], 1.0), Scored("X", f"a{number}", 1.0)]
-    mentions += [Scored(str(number % 3), "a" * (1000 + number), 1.0) for number in range(200)]
+    mentions += [Scored(str(number % 3), "a" * (1000 + number), 1.0) for number in range(50)]
     placed, n_dropped = align(mentions, text)
     assert len(placed) + n_dropped == len(mentions)
 
@@ -471,11 +471,11 @@ def candidate_lists(draw):
 
 
 @long_run
-@given(candidate_lists(), st.randoms())
-def test_resolve_overlaps_as_the_obvious_version(candidates, rng):
+@given(candidate_lists(), st.integers(0, 99))
+def test_resolve_overlaps_as_the_obvious_version(candidates, seed):
     expected = []
     for c in sorted(candidates, key=lambda c: (-len(c.sources), -c.score, c.start - c.end, c.start, c.label)):
         if all(c.end <= kept.start or kept.end <= c.start for kept in expected):
             expected.append(c)
-    rng.shuffle(candidates)
+    random.Random(seed).shuffle(candidates)
     assert resolve_overlaps(candidates) == sorted(expected)

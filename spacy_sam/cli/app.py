@@ -6,7 +6,7 @@ Exit codes: 0 all went well; 1 something the user can mend (a coded error); 2 wr
 import sys
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Iterator, List, Optional
+from typing import Any, Dict, Iterator, List, Optional
 
 import typer
 from wasabi import msg
@@ -51,17 +51,14 @@ def read_all_texts(paths: List[Path]) -> List[str]:
     return texts
 
 
-def make_component(bank: Optional[Path], labels: Optional[str], device: Optional[str] = None):
-    """A blank English pipeline with `sam_ner`, and the component."""
-    import spacy
+def split(names: Optional[str]) -> List[str]:
+    """Comma-separated names as a list."""
+    return [name.strip() for name in (names or "").split(",") if name.strip()]
 
-    config = {
-        "bank": str(bank) if bank else None,
-        "labels": [label.strip() for label in labels.split(",")] if labels else [],
-        "engine": {"@misc": "spacy_sam.TorchEngine.v1", "device": device},
-    }
-    nlp = spacy.blank("en")
-    return nlp, nlp.add_pipe("sam_ner", config=config)
+
+def engine_on(device: Optional[str]) -> Dict[str, Any]:
+    """The engine's config block for a device."""
+    return {"@misc": "spacy_sam.TorchEngine.v1", "device": device}
 
 
 def main() -> None:

@@ -8,7 +8,7 @@ import typer
 from wasabi import msg
 
 from ..errors import SamError
-from .app import BankOption, app, bank_app, make_component, mendable, progress_wanted, read_all_texts
+from .app import BankOption, app, bank_app, engine_on, mendable, progress_wanted, read_all_texts, split
 
 LabelsOption = typer.Option(None, "--labels", "-l", help="Comma-separated entity types to ask.")
 DeviceOption = typer.Option(None, "--device", "-d", help="cpu, cuda, cuda:1, mps. Default: the best there is.")
@@ -51,8 +51,10 @@ def select_cli(
 
     Example: python -m spacy sam select corpus.jsonl -l politician,election -o plan.json
     """
+    from ..evaluate import make_pipeline
+
     with mendable():
-        _, component = make_component(bank, labels, device)
+        _, component = make_pipeline(bank, split(labels), engine=engine_on(device))
         plan = component.select(read_all_texts(texts))
         for selection in plan.selections:
             msg.divider(selection.selector)
@@ -111,13 +113,12 @@ def evaluate_cli(
     from ..registered import make_ties
 
     with mendable():
-        wanted = [row.strip() for row in rows.split(",") if row.strip()]
+        wanted = split(rows)
         unknown = sorted(set(wanted) - set(ev.ROWS))
         if unknown:
             raise SamError("S802", problem=f"Unknown rows {unknown} in --rows. Use some of {', '.join(ev.ROWS)}.")
-        left_out = [label.strip() for label in exclude.split(",") if label.strip()]
-        records = {_corpus_name(path): ev.exclude(read_records(path)[:limit], left_out) for path in corpora}
-        nlp, component = make_component(bank, None, device)
+        records = {_corpus_name(path): ev.exclude(read_records(path)[:limit], split(exclude)) for path in corpora}
+        nlp, component = ev.make_pipeline(bank, ["any"], engine=engine_on(device))
         table = ev.evaluate(
             nlp,
             component,
@@ -149,11 +150,12 @@ def report_cli(
 
     Example: python -m spacy sam report corpus.jsonl page.html -l politician,election
     """
+    from ..evaluate import make_pipeline
     from ..plan import Plan
     from ..report import render_report
 
     with mendable():
-        nlp, component = make_component(bank, labels, device)
+        nlp, component = make_pipeline(bank, split(labels), engine=engine_on(device))
         if plan:
             component.plan = Plan.from_disk(plan)
         all_texts = read_all_texts(texts)

@@ -23,7 +23,7 @@ MAX_PREFIXES = 32  # kept at a time, for pipelines that change their labels ofte
 class _Row(NamedTuple):
     """One request on its way: where its answer goes, and the tokens of its body."""
 
-    index: int
+    place: int
     body: List[int]
 
 
@@ -78,7 +78,8 @@ class TorchEngine:
                 model = AutoModelForCausalLM.from_pretrained(source, dtype=torch_dtype, **kwargs)
             except (OSError, ValueError) as error:
                 raise SamError("S503", path=source, reason=error) from error
-        self.model = model.to(self.device).eval()
+        self.model: Any = model
+        self.model.to(self.device).eval()
         self.encoder = PromptEncoder(tokenizer, make_format(bank.prompt))
         self.switch = WeightSwitch(self.model, bank.load_adapter, resolve)
         self.context = int(self.model.config.max_position_embeddings)
@@ -123,7 +124,7 @@ class TorchEngine:
                 self.tokens_per_batch = max(1, self.tokens_per_batch // 2)
                 logger.warning("Out of memory: going on with %d tokens per batch", self.tokens_per_batch)
                 continue
-            yield from ((row.index, completion) for row, completion in zip(batch, completions))
+            yield from ((row.place, completion) for row, completion in zip(batch, completions))
             start = stop
 
     def _batch_end(self, rows: List[_Row], start: int, n_prefix: int) -> int:

@@ -1,23 +1,24 @@
-"""From a config to a bank: base, one expert for each domain, the unified baseline, dev scores. Finished parts are kept."""
+"""From a config to a bank: base, an expert for each domain, the unified baseline. What is finished is left as it is."""
 
 import logging
 import random
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional, Sequence, Union
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import torch
 
 from ..adapters import WEIGHTS_FILE
-from ..bank import BANK_FILE, ExpertBank, hash_base
+from ..bank import BANK_FILE, ExpertBank
+from ..corpora import Dataset, load_dataset
 from ..errors import SamError
 from ..plan import Centroid, Corpus, Expert
 from ..prompts import PromptEncoder, make_format
 from ..select.encoder import SentenceEncoder, offline_encoder_path
 from ..select.similarity import make_centroid
-from .config import DomainSection, RunSection, TrainConfig, expand
-from .data import Dataset, draw_batches, load_dataset
+from .config import RunSection, TrainConfig, expand
+from .data import draw_batches
 from .sft import fine_tune
 
 logger = logging.getLogger("spacy_sam")
@@ -33,7 +34,7 @@ def train_bank(
     progress: bool = True,
     report: Report = logger.info,
 ) -> ExpertBank:
-    """Train a bank, or go on with one: what is in the bank already is left as it is.
+    """Train a bank, or go on with one.
 
     config (TrainConfig): See `config.read_config`.
     out (Path): The bank's folder.
@@ -41,160 +42,165 @@ def train_bank(
     progress (bool): Show progress bars.
     report (Callable[[str], None]): Told what is being done, a line at a time.
     RETURNS (ExpertBank): The bank with all its experts. Dev scores are `scores.score_bank`'s work.
-    RAISES: SamError S602 to S605 for data and checkpoints that do not fit, before any training.
+    RAISES: SamError S602 to S606 for data and checkpoints that do not fit.
 
     Runs unchanged under `accelerate launch` and `torchrun`: every process trains, the main one writes.
     """
-    from accelerate import PartialState
-
-    state = PartialState()
-    say: Report = report if state.is_main_process else _silent
-    work = work or out.with_name(out.name + ".work")
-    domains = {name: load_domain(section) for name, section in config.domains.items()}
-    if state.is_main_process:
-        out.mkdir(parents=True, exist_ok=True)
-        _prepare_base(config, domains, out, say)
-    state.wait_for_everyone()
-    if not (out / BANK_FILE).is_file():
-        _train_base(config, domains, out, work, progress, say, state)
-    bank = ExpertBank(out)
-    for name, datasets in domains.items():
-        if name not in bank:
-            say(f"Expert '{name}': {sum(len(d.records) for d in datasets)} texts of {len(datasets)} corpora")
-            _train_adapter(config, config.expert_training, bank, name, "expert", datasets, work, progress, say, state)
-            bank = ExpertBank(out)
-    if config.unified_training and UNIFIED not in bank:
-        say("Unified baseline: all domains together")
-        together = [dataset for datasets in domains.values() for dataset in datasets]
-        _train_adapter(config, config.unified_training, bank, UNIFIED, "baseline", together, work, progress, say, state)
-        bank = ExpertBank(out)
-    return bank
+    run = _Run(config, out, work or out.with_name(out.name + ".work"), progress, report)
+    run.base()
+    for name, datasets in run.domains.items():
+        run.adapter(name, "expert", datasets, config.expert_training)
+    if config.unified_training:
+        run.adapter(UNIFIED, "baseline", run.everything, config.unified_training)
+    return ExpertBank(out)
 
 
-def load_domain(section: DomainSection) -> List[Dataset]:
-    """The training corpora of one domain."""
-    return [load_dataset(path) for path in expand(section.train)]
+class _Run:
+    """One call of `train_bank`: its settings, corpora and processes."""
+
+    def __init__(self, config: TrainConfig, out: Path, work: Path, progress: bool, report: Report) -> None:
+        from accelerate import PartialState
+
+        self.config = config
+        self.out = out
+        self.work = work
+        self.progress = progress
+        self.state = PartialState()
+        self.say: Report = report if self.state.is_main_process else _silent
+        self.domains: Dict[str, List[Dataset]] = {
+            name: [load_dataset(path) for path in expand(section.train)] for name, section in config.domains.items()
+        }
+        self.prompt = {
+            "name": config.bank.prompt,
+            "instruction": config.bank.instruction,
+            "max_labels": config.data.max_labels,
+        }
+
+    @property
+    def everything(self) -> List[Dataset]:
+        """The corpora of all domains."""
+        return [dataset for datasets in self.domains.values() for dataset in datasets]
+
+    def base(self) -> None:
+        """Make the base, train it if the config says so, and open the bank around it."""
+        if (self.out / BANK_FILE).is_file():
+            return
+        built_here = self.config.base.kind != "hub"
+        details: Dict[str, Any] = {"base_kind": self.config.base.kind, "seed": self.config.seed}
+        if built_here and self.state.is_main_process:
+            self._write_untrained_base()
+        self.state.wait_for_everyone()
+        if built_here and self.config.base_training:
+            details["base_training"] = self._train_base(self.config.base_training)
+        if self.state.is_main_process:
+            ExpertBank.create(
+                self.out,
+                base=BASE_DIR if built_here else str(self.config.base.source),
+                revision=self.config.base.revision,
+                prompt=self.prompt,
+                encoder=self.config.bank.encoder,
+                name=self.config.bank.name,
+                details=details,
+            )
+        self.state.wait_for_everyone()
+
+    def _write_untrained_base(self) -> None:
+        if (self.out / BASE_DIR / "config.json").is_file():
+            return
+        from .base import build_tokenizer, decoder_from_encoder, random_llama
+
+        self.say("Base: learning the vocabulary")
+        section = self.config.base
+        torch.manual_seed(self.config.seed)
+        texts = (record.text for dataset in self.everything for record in dataset.records)
+        if section.kind == "encoder":
+            source = section.source or offline_encoder_path()
+            if source is None:
+                raise SamError("S303", reason="[base] source is empty and the offline extra is not installed")
+            tokenizer = build_tokenizer(texts, section.vocab_size, section.context, Path(source))
+            model: Any = decoder_from_encoder(tokenizer, Path(source))
+        else:
+            tokenizer = build_tokenizer(texts, section.vocab_size, section.context)
+            model = random_llama(tokenizer, section.hidden_size, section.n_layers, section.n_heads)
+        self.out.mkdir(parents=True, exist_ok=True)
+        save_base(model, tokenizer, self.out / BASE_DIR)
+
+    def _train_base(self, run: RunSection) -> Dict[str, Any]:
+        model, tokenizer = load_base(str(self.out / BASE_DIR), None)
+        n_parameters = sum(parameter.numel() for parameter in model.parameters())
+        self.say(f"Base: {n_parameters / 1e6:.1f} M parameters, {len(self.everything)} corpora")
+        loss = self._fine_tune(model, tokenizer, self.everything, run, self.config.seed, self.work / BASE_DIR)
+        if self.state.is_main_process:
+            save_base(model, tokenizer, self.out / BASE_DIR)
+        return {**run.model_dump(), "loss": loss}
+
+    def adapter(self, name: str, role: str, datasets: Sequence[Dataset], run: RunSection) -> None:
+        """Train one LoRA adapter and put it into the bank, if it is not there."""
+        bank = ExpertBank(self.out)
+        if name in bank:
+            return
+        from peft import LoraConfig, get_peft_model
+
+        self.say(f"'{name}': {sum(len(d.records) for d in datasets)} texts of {len(datasets)} corpora")
+        seed = self.config.seed + 1 + sorted([*self.config.domains, UNIFIED]).index(name)
+        torch.manual_seed(seed)
+        base, tokenizer = load_base(*bank.base)
+        section = self.config.lora
+        lora = LoraConfig(
+            r=section.rank,
+            lora_alpha=section.alpha,  # type: ignore[arg-type]  # peft takes floats, too
+            target_modules=section.target_modules,
+            bias="none",
+            task_type="CAUSAL_LM",
+        )
+        model = get_peft_model(base, lora)
+        loss = self._fine_tune(model, tokenizer, datasets, run, seed, self.work / name)
+        if self.state.is_main_process:
+            folder = self.work / name / "adapter"
+            save_adapter(model, folder)
+            card = self._card(bank, name, role, datasets)
+            bank.add(name, folder, replace(card, training={**run.model_dump(), "seed": seed, "loss": loss}))
+            self.say(f"'{name}' is in the bank (mean training loss {loss:.3f})")
+        self.state.wait_for_everyone()
+
+    def _fine_tune(
+        self, model: Any, tokenizer: Any, datasets: Sequence[Dataset], run: RunSection, seed: int, work: Path
+    ) -> float:
+        batches = draw_batches(
+            datasets,
+            PromptEncoder(tokenizer, make_format(self.prompt)),
+            n_batches=run.max_steps * run.gradient_accumulation * self.state.num_processes,
+            tokens_per_batch=run.tokens_per_batch,
+            max_length=self.config.data.max_length,
+            max_labels=self.config.data.max_labels,
+            seed=seed,
+        )
+        settings = run.settings(seed)
+        minutes = self.config.save_minutes
+        loss = fine_tune(model, tokenizer, batches, work, settings, save_minutes=minutes, progress=self.progress)
+        return round(loss, 4)
+
+    def _card(self, bank: ExpertBank, name: str, role: str, datasets: Sequence[Dataset]) -> Expert:
+        centroid: Optional[Centroid] = None
+        if role == "expert":
+            encoder = SentenceEncoder(self.config.bank.encoder, path=self.config.bank.encoder_path)
+            texts = sample_texts(datasets, self.config.bank.centroid_texts, self.config.seed)
+            centroid = make_centroid(encoder(texts), encoder.name)
+        return Expert(
+            name=name,
+            domain=name.replace("_", " "),
+            labels=tuple(sorted({label for dataset in datasets for label in dataset.labels})),
+            base_hash=bank.base_hash,
+            role=role,
+            corpora=tuple(Corpus(d.name, len(d.records), d.labels) for d in datasets),
+            lora=self.config.lora.model_dump(),
+            prompt=dict(self.prompt),
+            centroid=centroid,
+        )
 
 
 def _silent(message: str) -> None:
     """Processes other than the main one say nothing."""
-
-
-def _prepare_base(config: TrainConfig, domains: Dict[str, List[Dataset]], out: Path, say: Report) -> None:
-    """Write the untrained base of the kinds that are built here."""
-    if config.base.kind == "hub" or (out / BASE_DIR / "config.json").is_file() or (out / BANK_FILE).is_file():
-        return
-    from .base import build_tokenizer, decoder_from_encoder, random_llama
-
-    torch.manual_seed(config.seed)
-    texts = (record.text for datasets in domains.values() for d in datasets for record in d.records)
-    say("Base: learning the vocabulary")
-    if config.base.kind == "encoder":
-        source = config.base.source or offline_encoder_path()
-        if source is None:
-            raise SamError("S303", reason="[base] source is empty and the offline extra is not installed")
-        tokenizer = build_tokenizer(texts, config.base.vocab_size, config.base.context, Path(source))
-        model: Any = decoder_from_encoder(tokenizer, Path(source))
-    else:
-        tokenizer = build_tokenizer(texts, config.base.vocab_size, config.base.context)
-        model = random_llama(tokenizer, config.base.hidden_size, config.base.n_layers, config.base.n_heads)
-    _save_base(model, tokenizer, out / BASE_DIR)
-
-
-def _train_base(
-    config: TrainConfig,
-    domains: Dict[str, List[Dataset]],
-    out: Path,
-    work: Path,
-    progress: bool,
-    say: Report,
-    state: Any,
-) -> None:
-    source = config.base.source if config.base.kind == "hub" else str(out / BASE_DIR)
-    details: Dict[str, Any] = {"base_kind": config.base.kind, "seed": config.seed}
-    if config.base_training and config.base.kind != "hub":
-        model, tokenizer = load_base(str(source), None)
-        together = [dataset for datasets in domains.values() for dataset in datasets]
-        say(f"Base: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {len(together)} corpora")
-        batches = _schedule(config, config.base_training, tokenizer, together, config.seed, state)
-        settings = config.base_training.settings(config.seed)
-        loss = fine_tune(
-            model, tokenizer, batches, work / BASE_DIR, settings, save_minutes=config.save_minutes, progress=progress
-        )
-        details["base_training"] = {**config.base_training.model_dump(), "loss": round(loss, 4)}
-        if state.is_main_process:
-            _save_base(model, tokenizer, out / BASE_DIR)
-    if state.is_main_process:
-        ExpertBank.create(
-            out,
-            base=BASE_DIR if config.base.kind != "hub" else str(config.base.source),
-            revision=config.base.revision,
-            prompt=_prompt(config),
-            encoder=config.bank.encoder,
-            name=config.bank.name,
-            details=details,
-        )
-    state.wait_for_everyone()
-
-
-def _train_adapter(
-    config: TrainConfig,
-    run: RunSection,
-    bank: ExpertBank,
-    name: str,
-    role: str,
-    datasets: Sequence[Dataset],
-    work: Path,
-    progress: bool,
-    say: Report,
-    state: Any,
-) -> None:
-    from peft import LoraConfig, get_peft_model
-
-    seed = config.seed + 1 + sorted([*config.domains, UNIFIED]).index(name)
-    torch.manual_seed(seed)
-    base, tokenizer = load_base(*bank.base)
-    lora = LoraConfig(
-        r=config.lora.rank,
-        lora_alpha=config.lora.alpha,
-        target_modules=config.lora.target_modules,
-        bias="none",
-        task_type="CAUSAL_LM",
-    )
-    model = get_peft_model(base, lora)
-    batches = _schedule(config, run, tokenizer, datasets, seed, state)
-    checkpoints = work / name
-    settings = run.settings(seed)
-    loss = fine_tune(
-        model, tokenizer, batches, checkpoints, settings, save_minutes=config.save_minutes, progress=progress
-    )
-    if state.is_main_process:
-        folder = checkpoints / "adapter"
-        _save_adapter(model, folder)
-        card = _card(config, bank, name, role, datasets)
-        training = {**run.model_dump(), "seed": seed, "loss": round(loss, 4)}
-        bank.add(name, folder, replace(card, training=training))
-        say(f"'{name}' is in the bank (mean training loss {loss:.3f})")
-    state.wait_for_everyone()
-
-
-def _card(config: TrainConfig, bank: ExpertBank, name: str, role: str, datasets: Sequence[Dataset]) -> Expert:
-    centroid: Optional[Centroid] = None
-    if role == "expert":
-        encoder = SentenceEncoder(config.bank.encoder, path=config.bank.encoder_path)
-        texts = sample_texts(datasets, config.bank.centroid_texts, config.seed)
-        centroid = make_centroid(encoder(texts), encoder.name)
-    return Expert(
-        name=name,
-        domain=name.replace("_", " "),
-        labels=tuple(sorted({label for dataset in datasets for label in dataset.labels})),
-        base_hash=bank.base_hash,
-        role=role,
-        corpora=tuple(Corpus(d.name, len(d.records), d.labels) for d in datasets),
-        lora=config.lora.model_dump(),
-        prompt=_prompt(config),
-        centroid=centroid,
-    )
 
 
 def sample_texts(datasets: Sequence[Dataset], n_texts: int, seed: int) -> List[str]:
@@ -204,8 +210,8 @@ def sample_texts(datasets: Sequence[Dataset], n_texts: int, seed: int) -> List[s
     return [r.text for d in datasets for r in rng.sample(d.records, min(share, len(d.records)))]
 
 
-def load_base(source: str, revision: Optional[str]) -> tuple:
-    """A base in float32 with its tokenizer, for training. RETURNS (tuple): model, tokenizer."""
+def load_base(source: str, revision: Optional[str]) -> Tuple[Any, Any]:
+    """A base in float32 and its tokenizer, for training."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
@@ -215,45 +221,21 @@ def load_base(source: str, revision: Optional[str]) -> tuple:
     return model, tokenizer
 
 
-def _schedule(
-    config: TrainConfig, run: RunSection, tokenizer: Any, datasets: Sequence[Dataset], seed: int, state: Any
-) -> List[list]:
-    return draw_batches(
-        datasets,
-        PromptEncoder(tokenizer, make_format(_prompt(config))),
-        n_batches=run.max_steps * run.gradient_accumulation * state.num_processes,
-        tokens_per_batch=run.tokens_per_batch,
-        max_length=config.data.max_length,
-        max_labels=config.data.max_labels,
-        seed=seed,
-    )
-
-
-def _prompt(config: TrainConfig) -> Dict[str, Any]:
-    return {
-        "name": config.bank.prompt,
-        "instruction": config.bank.instruction,
-        "max_labels": config.data.max_labels,
-    }
-
-
-def _save_base(model: Any, tokenizer: Any, folder: Path) -> None:
-    """bfloat16 safetensors, written beside and renamed."""
+def save_base(model: Any, tokenizer: Any, folder: Path) -> None:
+    """Write a base as bfloat16 safetensors, beside and renamed. The model is left in bfloat16."""
     staged = folder.with_name(folder.name + ".part")
     shutil.rmtree(staged, ignore_errors=True)
-    dtype = model.dtype
     model.to(torch.bfloat16).save_pretrained(staged)
-    model.to(dtype)
     tokenizer.save_pretrained(staged)
-    hash_base(staged)
     shutil.rmtree(folder, ignore_errors=True)
     staged.replace(folder)
 
 
-def _save_adapter(model: Any, folder: Union[str, Path]) -> None:
+def save_adapter(model: Any, folder: Path) -> None:
+    """Write a PeftModel's adapter as bfloat16 safetensors."""
     from safetensors.torch import load_file, save_file
 
     model.save_pretrained(str(folder))
-    path = Path(folder) / WEIGHTS_FILE
+    path = folder / WEIGHTS_FILE
     tensors = {key: tensor.to(torch.bfloat16).contiguous() for key, tensor in load_file(path).items()}
     save_file(tensors, path, metadata={"format": "pt"})

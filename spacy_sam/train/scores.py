@@ -3,12 +3,12 @@
 from dataclasses import replace
 from typing import Callable, Dict
 
-import spacy
+from spacy.language import Language
 
 from ..bank import ExpertBank
 from ..component import SamNer
 from ..corpora import Dataset, load_dataset
-from ..evaluate import plan_of, score
+from ..evaluate import make_pipeline, plan_of, score
 from ..plan import Score
 from .config import TrainConfig, expand
 
@@ -21,9 +21,7 @@ def score_bank(bank: ExpertBank, config: TrainConfig, *, report: Callable[[str],
     report (Callable[[str], None]): Told of each score.
     """
     domains = {name: [load_dataset(path) for path in expand(section.dev)] for name, section in config.domains.items()}
-    nlp = spacy.blank("en")
-    component = nlp.add_pipe("sam_ner", config={"bank": str(bank.path)})
-    assert isinstance(component, SamNer)
+    nlp, component = make_pipeline(bank.path, labels=["any"])
     for card in [*bank.experts, *bank.baselines]:
         datasets = domains.get(card.name, [d for found in domains.values() for d in found])
         if card.scores or not datasets:
@@ -35,9 +33,7 @@ def score_bank(bank: ExpertBank, config: TrainConfig, *, report: Callable[[str],
         bank.update_card(replace(card, scores=scores))
 
 
-def _score_one(
-    nlp: spacy.language.Language, component: SamNer, bank: ExpertBank, name: str, dataset: Dataset, n_texts: int
-) -> Score:
+def _score_one(nlp: Language, component: SamNer, bank: ExpertBank, name: str, dataset: Dataset, n_texts: int) -> Score:
     component.set_labels(dataset.labels)
     records = dataset.records[:n_texts]
     result = score(nlp, component, records, plan_of(bank, [name]))
