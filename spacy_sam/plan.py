@@ -4,15 +4,15 @@ import hashlib
 import json
 import math
 from dataclasses import asdict, dataclass, field
-from functools import cache
 from pathlib import Path
-from typing import Any, Dict, Hashable, Mapping, Optional, Tuple, Type, TypeVar, Union
+from typing import Any, Dict, Mapping, Optional, Tuple, Type, TypeVar, Union
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from .errors import SamError
 
 T = TypeVar("T")
+_ADAPTERS: Dict[Any, TypeAdapter] = {}
 
 
 class Strict:
@@ -190,6 +190,7 @@ def from_json(cls: Type[T], data: Any, code: str, **fields: object) -> T:
         raise SamError(code, reason="; ".join(reasons), **fields) from error
 
 
-@cache
-def _adapter(cls: type) -> TypeAdapter:
-    return TypeAdapter(cls)
+def _adapter(cls: Any) -> TypeAdapter:
+    if cls not in _ADAPTERS:
+        _ADAPTERS[cls] = TypeAdapter(cls)
+    return _ADAPTERS[cls]

@@ -75,11 +75,10 @@ class TorchEngine:
         with _quiet_transformers():
             try:
                 tokenizer = AutoTokenizer.from_pretrained(source, **kwargs)
-                model = AutoModelForCausalLM.from_pretrained(source, dtype=torch_dtype, **kwargs)
+                model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=torch_dtype, **kwargs)
             except (OSError, ValueError) as error:
                 raise SamError("S503", path=source, reason=error) from error
-        self.model: Any = model
-        self.model.to(self.device).eval()
+        self.model = model.to(self.device).eval()
         self.encoder = PromptEncoder(tokenizer, make_format(bank.prompt))
         self.switch = WeightSwitch(self.model, bank.load_adapter, resolve)
         self.context = int(self.model.config.max_position_embeddings)
