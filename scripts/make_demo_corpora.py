@@ -23,18 +23,28 @@ class Domain(NamedTuple):
     words: Dict[str, Sequence[str]]
 
 
+def _list(text: str) -> List[str]:
+    return text.split(", ")
+
+
 SHARED = {
     "lead": ["", "", "", "", "On Monday ", "This spring ", "As usual, ", "In the end ", "Yesterday ", "Late at night "],
     "tail": [".", ".", ".", ".", " again.", " without delay.", ", they said.", " before noon.", " for the first time."],
-    "first": ["Ada", "Bram", "Clio", "Dario", "Edda", "Femi", "Goran", "Hana", "Ivo", "Jutta", "Kofi", "Lise", "Mirko"]
-    + ["Nuria", "Oskar", "Petra", "Rune", "Sanne", "Tariq", "Ulla", "Viggo", "Wanda", "Yusuf", "Zita"],
-    "last": ["Abara", "Brandl", "Corvo", "Dahl", "Espinel", "Farkas", "Gruber", "Holt", "Ilves", "Jansky", "Kolar"]
-    + ["Lindqvist", "Marsh", "Novak", "Okoro", "Pellan", "Quist", "Rinaldi", "Sorel", "Tamm", "Usher", "Vance", "Weir"],
+    "first": _list(
+        "Ada, Bram, Clio, Dario, Edda, Femi, Goran, Hana, Ivo, Jutta, Kofi, Lise, Mirko, Nuria, Oskar, "
+        "Petra, Rune, Sanne, Tariq, Ulla, Viggo, Wanda, Yusuf, Zita"
+    ),
+    "last": _list(
+        "Abara, Brandl, Corvo, Dahl, Espinel, Farkas, Gruber, Holt, Ilves, Jansky, Kolar, Lindqvist, Marsh, "
+        "Novak, Okoro, Pellan, Quist, Rinaldi, Sorel, Tamm, Usher, Vance, Weir"
+    ),
     "day": ["Tuesday", "Friday", "Sunday", "market day", "the first of May"],
     "number": ["two", "three", "five", "eight", "twelve", "thirty", "ninety"],
 }
-FOOD = ["leek", "trout", "lentil", "pumpkin", "barley", "plum", "mushroom", "walnut", "beetroot", "chickpea", "quince"]
-FOOD += ["spinach", "rhubarb", "onion", "herring", "almond", "cabbage", "apricot", "potato", "fennel"]
+FOOD = _list(
+    "leek, trout, lentil, pumpkin, barley, plum, mushroom, walnut, beetroot, chickpea, quince, spinach, "
+    "rhubarb, onion, herring, almond, cabbage, apricot, potato, fennel"
+)
 COOKING = Domain(
     ["dish", "ingredient", "utensil", "cook"],
     [
@@ -62,12 +72,16 @@ COOKING = Domain(
         "Breakfast is free for children on {day}.",
     ],
     {
-        "dish": ["{food} soup", "{food} pie", "{food} stew", "{food} dumplings", "{food} salad", "roast {food}"]
-        + ["{food} and {food} curry", "{food} pancakes", "grilled {food}", "sweet {food} tart", "{food} risotto"],
+        "dish": _list(
+            "{food} soup, {food} pie, {food} stew, {food} dumplings, {food} salad, roast {food}, "
+            "{food} and {food} curry, {food} pancakes, grilled {food}, sweet {food} tart, {food} risotto"
+        ),
         "ingredient": ["{kind} {stuff}", "{stuff}", "{stuff}"],
         "kind": ["brown", "dried", "fresh", "ground", "smoked", "pickled"],
-        "stuff": ["butter", "sugar", "thyme", "paprika", "cream", "flour", "garlic", "vinegar", "honey", "cumin"]
-        + ["ginger", "yeast", "sour milk", "olive oil", "black pepper", "sea salt", "mustard", "saffron", "basil"],
+        "stuff": _list(
+            "butter, sugar, thyme, paprika, cream, flour, garlic, vinegar, honey, cumin, ginger, yeast, "
+            "sour milk, olive oil, black pepper, sea salt, mustard, saffron, basil"
+        ),
         "utensil": ["{made} {tool}", "{tool}", "{tool}"],
         "made": ["copper", "heavy", "wooden", "steel", "clay", "large"],
         "tool": ["pan", "whisk", "ladle", "grater", "kettle", "rolling pin", "sieve", "baking tray", "mortar", "wok"],
@@ -103,8 +117,10 @@ SPORT = Domain(
     {
         "athlete": ["{first} {last}", "{first} {last}", "{last}"],
         "team": ["{town} {animal}", "{town} United", "{town} Rovers", "the {animal}", "SC {town}", "{town} Athletic"],
-        "town": ["Brackley", "Norwell", "Ashgrove", "Tillburg", "Varnsdorf", "Elmstead", "Castrovia", "Lunden"]
-        + ["Perrin", "Osterby", "Halden", "Mirova"],
+        "town": _list(
+            "Brackley, Norwell, Ashgrove, Tillburg, Varnsdorf, Elmstead, Castrovia, Lunden, Perrin, Osterby, "
+            "Halden, Mirova"
+        ),
         "animal": ["Falcons", "Badgers", "Wolves", "Otters", "Stags", "Ravens", "Lynx", "Hornets"],
         "competition": ["{place} {cup}", "{place} {cup}", "{cup} of {town}"],
         "place": ["Alpine", "Northern", "National", "Winter", "Coastal", "Junior", "Golden"],
@@ -145,8 +161,10 @@ SHIPPING = Domain(
         "saint": ["Adela", "Boniface", "Cyril", "Dunstan", "Elmo", "Florian", "Gallus"],
         "coast": ["Grim", "Whit", "Sand", "Kalm", "Brem", "Lar", "Hels", "Dun", "Osk", "Vester"],
         "cargo": ["{number} tonnes of {goods}", "{goods}", "{goods}", "{number} containers of {goods}"],
-        "goods": ["timber", "iron ore", "bananas", "grain", "crude oil", "cement", "car parts", "fertiliser", "coal"]
-        + ["copper wire", "paper rolls", "frozen fish"],
+        "goods": _list(
+            "timber, iron ore, bananas, grain, crude oil, cement, car parts, fertiliser, coal, copper wire, "
+            "paper rolls, frozen fish"
+        ),
         "company": ["{last} Lines", "{last} Shipping", "{last} & {last}", "{star} Freight", "{last} Maritime"],
     },
 )

@@ -161,6 +161,7 @@ class SamNer(Pipe):
         check_settings(self.cfg)
         self.set_labels(labels)
         self._plan: Optional[Plan] = None
+        self._unchecked: Optional[Plan] = None  # a plan that was loaded, until it is held against the bank
         self._annotator: Optional[Annotator] = None
         self._bank: Optional[ExpertBank] = None
         self._encoder: Optional[SentenceEncoder] = None
@@ -220,8 +221,10 @@ class SamNer(Pipe):
 
         texts (Iterable[Union[str, Doc]]): A sample of the corpus; the first `look_ahead` are looked at.
         RETURNS (Plan): The plan, also found in `plan`.
-        RAISES: SamError S301 to S305 if nothing can be selected.
+        RAISES: SamError S301 to S305 if nothing can be selected, S205 if `texts` is a single text.
         """
+        if isinstance(texts, (str, Doc)):
+            raise SamError("S205", setting="texts", expected="several texts or Docs", found="one")
         self._guard_process()
         head = islice(texts, self.cfg["look_ahead"])
         sample = [item.text if isinstance(item, Doc) else item for item in head]
@@ -258,10 +261,7 @@ class SamNer(Pipe):
         RETURNS (Doc): The same document.
         """
         error_handler = self.get_error_handler()
-        self._guard_process()
-        plan = self._given(plan) or self._plan or self._plan_for_single(doc)
-        if plan is None:
-            return doc
+        plan = self._prepare(plan) or self._plan or self._plan_for_single(doc)
         try:
             self._annotate([doc], plan)
         except SamError:
@@ -278,10 +278,9 @@ class SamNer(Pipe):
         plan (Optional[Plan]): Use this plan, for this stream only.
         YIELDS (Doc): The same documents in the same order, less those that an error handler took.
         """
-        self._guard_process()
+        plan = self._prepare(plan)
         stream = iter(stream)
         head: List[Doc] = []
-        plan = self._given(plan)
         if plan is None:
             head = list(islice(stream, self._look_ahead()))
             plan = self._plan_for_stream(head)
@@ -292,14 +291,14 @@ class SamNer(Pipe):
 
     def _look_ahead(self) -> int:
         """How many documents must be seen before the stream's plan is known."""
-        if self._plan is not None and self.cfg["selection"] != "stream":
+        if self._plan is not None and (self.cfg["selection"] != "stream" or self._is_worker):
             return 0
         return self.cfg["look_ahead"] if self.cfg["selection"] != "manual" else 0
 
     def _plan_for_stream(self, head: List[Doc]) -> Optional[Plan]:
         mode = self.cfg["selection"]
         short = len(head) < self.cfg["min_docs"]
-        if self._plan is not None and (mode != "stream" or short):
+        if self._plan is not None and (mode != "stream" or short or self._is_worker):
             return self._plan
         if mode == "manual":
             raise SamError("S701", name=self.name)
@@ -326,9 +325,15 @@ class SamNer(Pipe):
         self._plan = self._select([doc.text])
         return self._plan
 
-    def _given(self, plan: Optional[Plan]) -> Optional[Plan]:
+    def _prepare(self, plan: Optional[Plan]) -> Optional[Plan]:
+        """Before any work: the process is fit for it, the bank can be opened, and the plan, given or loaded, is for it."""
+        self._guard_process()
+        self._bank = self.bank
         if plan is not None:
             self._check_plan(plan)
+        elif self._plan is not None and self._plan is self._unchecked:
+            self._check_plan(self._plan)
+            self._unchecked = None
         return plan
 
     def _check_plan(self, plan: Plan) -> None:
@@ -426,8 +431,12 @@ class SamNer(Pipe):
 
     def _refuse_in_worker(self) -> None:
         """A worker of n_process > 1 must not select: each would choose its own experts, from its own batch."""
-        if self._home_pid != os.getpid():
+        if self._is_worker:
             raise SamError("S703", name=self.name)
+
+    @property
+    def _is_worker(self) -> bool:
+        return self._home_pid != os.getpid()
 
     # Serialisation
 
@@ -475,7 +484,7 @@ class SamNer(Pipe):
         self.set_labels(self.cfg["labels"])
 
     def _load_plan(self, data: Dict[str, Any]) -> None:
-        self._plan = Plan.from_dict(data) if data else None
+        self._plan = self._unchecked = Plan.from_dict(data) if data else None
 
 
 def _rebuild(cls: Type[SamNer], vocab: Vocab, name: str, state: Dict[str, Any]) -> SamNer:

@@ -92,3 +92,9 @@ class SamError(ValueError):
 
 def _rebuild(code: str, fields: dict) -> SamError:
     return SamError(code, **fields)
+
+
+def check_whole(setting: str, value: object, least: int = 1) -> None:
+    """RAISES: SamError S205 unless `value` is a whole number of at least `least`. confection passes strings for numbers."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise SamError("S205", setting=setting, expected=f"a whole number of at least {least}", found=repr(value))

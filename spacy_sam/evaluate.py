@@ -76,7 +76,6 @@ def score(nlp: Language, component: SamNer, records: Sequence[Record], plan: Opt
 
 def plans(bank: ExpertBank, merge: Any, n_experts: int, rows: Sequence[str]) -> Dict[str, Any]:
     """What each row runs: a plan, or a strategy that makes one for the corpus at hand."""
-    selectors = {"similarity": make_domain_similarity(), "sampling": make_sampling_evaluation()}
     names = [card.name for card in bank.experts]
     found: Dict[str, Any] = {}
     if "base" in rows:
@@ -88,10 +87,19 @@ def plans(bank: ExpertBank, merge: Any, n_experts: int, rows: Sequence[str]) -> 
     if "all" in rows:
         found[TITLES["all"]] = plan_of(bank, names, merge)
     if "sam" in rows:
-        found[TITLES["sam"]] = make_sam(selectors, merge, n_experts)
+        found[TITLES["sam"]] = sam(merge, n_experts)
     if "eco" in rows:
-        found[TITLES["eco"]] = make_sam_eco(selectors, merge, n_experts)
+        found[TITLES["eco"]] = make_sam_eco(_selectors(), merge, n_experts)
     return found
+
+
+def sam(merge: Any, n_experts: int) -> Strategy:
+    """The paper's strategy with its two selectors."""
+    return make_sam(_selectors(), merge, n_experts)
+
+
+def _selectors() -> Dict[str, Any]:
+    return {"similarity": make_domain_similarity(), "sampling": make_sampling_evaluation()}
 
 
 def plan_of(bank: ExpertBank, experts: Sequence[str] = (), merge: Any = None) -> Plan:

@@ -111,9 +111,13 @@ class PromptEncoder:
     def plain(self, text: str) -> List[int]:
         return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
 
-    def prefix(self, labels: Sequence[str]) -> List[int]:
+    def whole(self, prompt: str) -> List[int]:
+        """A prompt from its beginning, with the start token if the tokenizer has one."""
         start = [self.tokenizer.bos_token_id] if self.tokenizer.bos_token_id is not None else []
-        return start + self.plain(self.format.prefix(labels))
+        return start + self.plain(prompt)
+
+    def prefix(self, labels: Sequence[str]) -> List[int]:
+        return self.whole(self.format.prefix(labels))
 
     def body(self, text: str) -> List[int]:
         return self.plain(self.format.body(text))
@@ -122,11 +126,15 @@ class PromptEncoder:
         return [*self.plain(self.format.answer(text, entities)), self.tokenizer.eos_token_id]
 
     def starts(self, text: str) -> List[int]:
-        """Character starts of the tokens of `text`, ascending and without repeats."""
+        """Character starts of the tokens of `text` as a prompt shows it, ascending; of several in one character, each."""
         encoded = self.tokenizer(
-            text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True, verbose=False
+            flatten_text(text),
+            add_special_tokens=False,
+            split_special_tokens=True,
+            return_offsets_mapping=True,
+            verbose=False,
         )
-        return sorted({start for start, _ in encoded["offset_mapping"]})
+        return sorted(start for start, _ in encoded["offset_mapping"])
 
     def decode(self, tokens: Sequence[int]) -> Tuple[str, List[int]]:
         """Text of generated tokens, and the character at which each one ends in it."""

@@ -4,7 +4,9 @@ Nothing heavy is imported before a function is called.
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Dict, Optional
+from typing import TYPE_CHECKING, Any, Dict, Optional, Tuple
+
+from .errors import check_whole
 
 if TYPE_CHECKING:
     from .bank import ExpertBank
@@ -50,17 +52,24 @@ def make_sampling_evaluation(sample_size: int = 10) -> "Selector":
 
 
 def make_sam(selectors: Dict[str, Any], merge: Any, n_experts: int = 3) -> "Strategy":
-    """`spacy_sam.SaM.v1`: see `select.strategies.SaM`. `selectors` are asked in the order given."""
+    """`spacy_sam.SaM.v1`: see `select.strategies.SaM`. `selectors` are asked in the order given; None leaves one out.
+
+    spaCy merges a config into the default one, so a default selector goes away by being None, not by being left out.
+    """
     from .select.strategies import SaM
 
-    return SaM(tuple(selectors.values()), merge, n_experts)
+    return SaM(_given(selectors), merge, n_experts)
 
 
 def make_sam_eco(selectors: Dict[str, Any], merge: Any, n_experts: int = 3) -> "Strategy":
-    """`spacy_sam.SaMEco.v1`: see `select.strategies.SaMEco`."""
+    """`spacy_sam.SaMEco.v1`: see `select.strategies.SaMEco`, and `make_sam` for `selectors`."""
     from .select.strategies import SaMEco
 
-    return SaMEco(tuple(selectors.values()), merge, n_experts)
+    return SaMEco(_given(selectors), merge, n_experts)
+
+
+def _given(selectors: Dict[str, Any]) -> Tuple[Any, ...]:
+    return tuple(selector for selector in selectors.values() if selector is not None)
 
 
 @dataclass(frozen=True)
@@ -72,6 +81,10 @@ class TorchEngineMaker:
     max_new_tokens: int = 128
     tokens_per_batch: int = 8192
     local_files_only: bool = False
+
+    def __post_init__(self) -> None:
+        for setting in ("max_new_tokens", "tokens_per_batch"):
+            check_whole(setting, getattr(self, setting))
 
     def __call__(self, bank: "ExpertBank") -> "Engine":
         from .generate.torch_engine import TorchEngine

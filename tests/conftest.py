@@ -6,10 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import make_tiny_bank
+from hypothesis import HealthCheck, settings
 
 from spacy_sam.bank import ExpertBank
 
 torch.set_num_threads(1)
+# No test fails because the machine is busy.
+settings.register_profile("spacy_sam", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("spacy_sam")
 
 
 @pytest.fixture(scope="session")

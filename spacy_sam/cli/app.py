@@ -45,10 +45,36 @@ def read_all_texts(paths: List[Path]) -> List[str]:
     """Texts of several files. RAISES: SamError S602, S603 or S801."""
     from ..corpora import read_texts
 
-    texts = [text for path in paths for text in read_texts(path)]
+    texts = [text for path in find_files(paths) for text in read_texts(path)]
     if not texts:
         raise SamError("S801", path=", ".join(map(str, paths)))
     return texts
+
+
+def find_files(paths: List[Path]) -> List[Path]:
+    """Files, and those of glob patterns, for shells that leave patterns alone. RAISES: SamError S602 if there are none."""
+    from ..train.config import expand
+
+    return [file for path in paths for file in ([path] if path.is_file() else expand([str(path)]))]
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file, and its folder if need be."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf8")
+
+
+def read_overrides(args: List[str]) -> Dict[str, Any]:
+    """`--section.name value` pairs, as in `spacy train`. RAISES: typer.BadParameter for anything else."""
+    from spacy.cli._util import parse_config_overrides
+
+    value_may_follow = False
+    for arg in args:
+        named = arg.startswith("--") and "." in arg.split("=")[0]
+        if not named and not value_may_follow:
+            raise typer.BadParameter(f"'{arg}' is no option, nor a value of the config: --section.name VALUE")
+        value_may_follow = named and "=" not in arg
+    return parse_config_overrides(list(args), env_var=None)
 
 
 def split(names: Optional[str]) -> List[str]:

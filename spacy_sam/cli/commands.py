@@ -8,10 +8,25 @@ import typer
 from wasabi import msg
 
 from ..errors import SamError
-from .app import BankOption, app, bank_app, engine_on, mendable, progress_wanted, read_all_texts, split
+from .app import (
+    BankOption,
+    app,
+    bank_app,
+    engine_on,
+    find_files,
+    mendable,
+    progress_wanted,
+    read_all_texts,
+    read_overrides,
+    split,
+    write_text,
+)
 
 LabelsOption = typer.Option(None, "--labels", "-l", help="Comma-separated entity types to ask.")
 DeviceOption = typer.Option(None, "--device", "-d", help="cpu, cuda, cuda:1, mps. Default: the best there is.")
+NumberOption = typer.Option(3, min=1, help="Experts of a task model.")
+DensityOption = typer.Option(0.2, min=0.0, max=1.0, help="TIES: share of each task vector that is kept.")
+ScaleOption = typer.Option(1.0, help="TIES: factor of the merged task vector.")
 
 
 @app.command("train", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
@@ -25,14 +40,13 @@ def train_cli(
 
     Example: python -m spacy sam train configs/bank.cfg bank --paths.data DATA
     """
-    from spacy.cli._util import parse_config_overrides
-
     from ..train.config import read_config
     from ..train.run import train_bank
     from ..train.scores import score_bank
 
+    overrides = read_overrides(ctx.args)
     with mendable():
-        settings = read_config(config, parse_config_overrides(ctx.args, env_var=None))
+        settings = read_config(config, overrides)
         bank = train_bank(settings, out, progress=progress_wanted(), report=msg.info)
         if score:
             score_bank(bank, settings, report=msg.info)
@@ -45,16 +59,21 @@ def select_cli(
     out: Optional[Path] = typer.Option(None, "--output", "-o", help="Write the plan here (JSON)."),
     bank: Optional[Path] = BankOption,
     labels: Optional[str] = LabelsOption,
+    n_experts: int = NumberOption,
+    density: float = DensityOption,
+    scale: float = ScaleOption,
     device: Optional[str] = DeviceOption,
 ) -> None:
     """Rank the bank's experts for a corpus and make the plan.
 
     Example: python -m spacy sam select corpus.jsonl -l politician,election -o plan.json
     """
-    from ..evaluate import make_pipeline
+    from ..evaluate import make_pipeline, sam
+    from ..registered import make_ties
 
     with mendable():
         _, component = make_pipeline(bank, split(labels), engine=engine_on(device))
+        component.strategy = sam(make_ties(density, scale), n_experts)
         plan = component.select(read_all_texts(texts))
         for selection in plan.selections:
             msg.divider(selection.selector)
@@ -65,6 +84,7 @@ def select_cli(
         for number, spec in enumerate(plan.task_models, 1):
             msg.text(f"Task model {number}: {spec.name}")
         if out:
+            out.parent.mkdir(parents=True, exist_ok=True)
             plan.to_disk(out)
             msg.good(f"Plan {plan.fingerprint}: {out}")
 
@@ -97,9 +117,9 @@ def evaluate_cli(
     out: Optional[Path] = typer.Option(None, "--output", "-o", help="Write all scores here (JSON)."),
     limit: Optional[int] = typer.Option(None, "--limit", "-n", min=1, help="First documents of each corpus."),
     rows: str = typer.Option("base,unified,experts,all,sam,eco", help="What to compare."),
-    n_experts: int = typer.Option(3, min=1, help="Experts of a task model."),
-    density: float = typer.Option(0.2, min=0.0, max=1.0, help="TIES: share of each task vector that is kept."),
-    scale: float = typer.Option(1.0, help="TIES: factor of the merged task vector."),
+    n_experts: int = NumberOption,
+    density: float = DensityOption,
+    scale: float = ScaleOption,
     exclude: str = typer.Option("", help="Comma-separated types to leave out."),
     per_type: bool = typer.Option(False, help="Print the scores of each type, too."),
     device: Optional[str] = DeviceOption,
@@ -117,7 +137,10 @@ def evaluate_cli(
         unknown = sorted(set(wanted) - set(ev.ROWS))
         if unknown:
             raise SamError("S802", problem=f"Unknown rows {unknown} in --rows. Use some of {', '.join(ev.ROWS)}.")
-        records = {_corpus_name(path): ev.exclude(read_records(path)[:limit], split(exclude)) for path in corpora}
+        records = {
+            name: ev.exclude(read_records(path)[:limit], split(exclude))
+            for name, path in _name_corpora(find_files(corpora)).items()
+        }
         nlp, component = ev.make_pipeline(bank, ["any"], engine=engine_on(device))
         table = ev.evaluate(
             nlp,
@@ -132,7 +155,7 @@ def evaluate_cli(
         if per_type:
             _print_types(table)
         if out:
-            out.write_text(json.dumps(ev.to_json(table), indent=2, ensure_ascii=False) + "\n", encoding="utf8")
+            write_text(out, json.dumps(ev.to_json(table), indent=2, ensure_ascii=False) + "\n")
             msg.good(f"Scores: {out}")
 
 
@@ -155,13 +178,13 @@ def report_cli(
     from ..report import render_report
 
     with mendable():
-        nlp, component = make_pipeline(bank, split(labels), engine=engine_on(device))
-        if plan:
-            component.plan = Plan.from_disk(plan)
+        given = Plan.from_disk(plan) if plan else None
+        asked = split(labels) or (given.labels if given else ())
+        nlp, component = make_pipeline(bank, asked, engine=engine_on(device))
         all_texts = read_all_texts(texts)
-        used = component.plan or component.select(all_texts)
+        used = given or component.select(all_texts)
         docs = list(component.pipe((nlp.make_doc(text) for text in all_texts[:limit]), plan=used))
-        out.write_text(render_report(docs, used), encoding="utf8")
+        write_text(out, render_report(docs, used))
         msg.good(f"Page with {len(docs)} documents: {out}")
 
 
@@ -260,8 +283,10 @@ def _read_json(path: Path) -> Dict[str, Any]:
         raise SamError("S102", path=path, reason=error) from error
 
 
-def _corpus_name(path: Path) -> str:
-    return path.name.rsplit(".", 1)[0]
+def _name_corpora(paths: List[Path]) -> Dict[str, Path]:
+    """Corpora by file name, or by path where two files have the same name."""
+    names = [path.stem for path in paths]
+    return {name if names.count(name) == 1 else str(path): path for name, path in zip(names, paths)}
 
 
 def _print_result(corpus: str, row: str, result: Any) -> None:

@@ -49,7 +49,7 @@ class Engine(Protocol):
         ...
 
     def token_starts(self, text: str) -> List[int]:
-        """Character starts of the model's tokens in `text`, ascending."""
+        """Character starts of the model's tokens in `text`, ascending; of several tokens in one character, each."""
         ...
 
     def prompt_length(self, labels: Sequence[str]) -> int:

@@ -99,18 +99,26 @@ class TorchEngine:
         requests (Sequence[Request]): In any mixture; those of one task model and label set are run together.
         RETURNS (List[Completion]): In the order given.
         """
+        prefixes = {labels: self.encoder.prefix(labels) for labels in {request.labels for request in requests}}
         groups: Dict[Tuple[str, Tuple[str, ...]], Tuple[_Group, List[_Row]]] = {}
-        for index, request in enumerate(requests):
-            group = _Group(request.task_model, request.labels, self.encoder.prefix(request.labels))
+        for place, request in enumerate(requests):
+            group = _Group(request.task_model, request.labels, prefixes[request.labels])
             _, rows = groups.setdefault(group.key, (group, []))
-            rows.append(_Row(index, self.encoder.body(request.text)))
+            rows.append(_Row(place, self.encoder.body(request.text)))
         done: Dict[int, Completion] = {}
         for group, rows in groups.values():
-            self.switch.use(group.task_model)
-            done.update(self._run_group(group, sorted(rows, key=lambda row: len(row.body))))
-        return [done[index] for index in range(len(requests))]
+            done.update(self._run_group(group, rows))
+        return [done[place] for place in range(len(requests))]
+
+    def complete(self, task_model: TaskModelSpec, prompts: Sequence[str]) -> List[Completion]:
+        """Complete whole prompts, as other tasks write them, greedily. RETURNS (List[Completion]): In the order given."""
+        rows = [_Row(place, self.encoder.whole(prompt)) for place, prompt in enumerate(prompts)]
+        done = dict(self._run_group(_Group(task_model, (), []), rows))
+        return [done[place] for place in range(len(prompts))]
 
     def _run_group(self, group: _Group, rows: List[_Row]) -> Iterator[Tuple[int, Completion]]:
+        self.switch.use(group.task_model)
+        rows = sorted(rows, key=lambda row: len(row.body))
         start = 0
         while start < len(rows):
             stop = self._batch_end(rows, start, len(group.prefix))
@@ -120,7 +128,7 @@ class TorchEngine:
             except torch.OutOfMemoryError:
                 if len(batch) == 1:
                     raise
-                self.tokens_per_batch = max(1, self.tokens_per_batch // 2)
+                self.tokens_per_batch = max(1, len(batch) * self._length(batch[-1], len(group.prefix)) // 2)
                 logger.warning("Out of memory: going on with %d tokens per batch", self.tokens_per_batch)
                 continue
             yield from ((row.place, completion) for row, completion in zip(batch, completions))
@@ -129,11 +137,14 @@ class TorchEngine:
     def _batch_end(self, rows: List[_Row], start: int, n_prefix: int) -> int:
         stop = start + 1
         while stop < len(rows):
-            length = n_prefix + len(rows[stop].body) + self._limit(len(rows[stop].body), n_prefix)
-            if (stop + 1 - start) * length > self.tokens_per_batch:
+            if (stop + 1 - start) * self._length(rows[stop], n_prefix) > self.tokens_per_batch:
                 break
             stop += 1
         return stop
+
+    def _length(self, row: _Row, n_prefix: int) -> int:
+        """Tokens of a prompt and its longest answer."""
+        return n_prefix + len(row.body) + self._limit(len(row.body), n_prefix)
 
     def _limit(self, n_body: int, n_prefix: int) -> int:
         """Tokens an answer may have: entities are copied, so a short text has no long answer."""
@@ -196,6 +207,8 @@ class TorchEngine:
         """A copy of the keys and values of the prompt's shared prefix, encoded once for each task model and labels."""
         from transformers import DynamicCache
 
+        if not group.prefix:
+            return DynamicCache(config=self.model.config)
         if group.key not in self._prefixes:
             if len(self._prefixes) >= MAX_PREFIXES:
                 self._prefixes.clear()

@@ -66,10 +66,15 @@ def make_selection(
 
     RAISES: SamError S305 if `scores` are not of exactly the bank's experts.
     """
-    known = {card.name for card in context.bank.experts}
-    if set(scores) != known:
-        raise SamError("S305", name=name, found=sorted(scores), expected=sorted(known))
+    check_scored(name, scores, context)
     order = {expert: place for place, expert in enumerate(tie_break)}
     ranked = sorted(scores.items(), key=lambda item: (-item[1], order.get(item[0], len(order)), item[0]))
     chosen = tuple(expert for expert, _ in ranked[:n_experts])
     return Selection(name, tuple(ranked), chosen, details or {})
+
+
+def check_scored(name: str, scored: Iterable[str], context: SelectionContext) -> None:
+    """RAISES: SamError S305 if what a selector scored is not exactly the bank's experts."""
+    found, known = sorted(scored), sorted(card.name for card in context.bank.experts)
+    if found != known:
+        raise SamError("S305", name=name, found=found, expected=known)

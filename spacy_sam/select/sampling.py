@@ -4,6 +4,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Dict, FrozenSet, List, Sequence
 
+from ..errors import check_whole
 from ..plan import Selection, TaskModelSpec
 from .base import Found, SelectionContext, make_selection
 
@@ -20,6 +21,9 @@ class SamplingEvaluation:
 
     sample_size: int = 10
     name = "sampling_evaluation"
+
+    def __post_init__(self) -> None:
+        check_whole("sample_size", self.sample_size)
 
     def __call__(self, context: SelectionContext, n_experts: int) -> Selection:
         """Rank the experts by micro F1 against the pseudo-labels, in [0, 1]."""

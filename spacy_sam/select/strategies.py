@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 from typing import Any, Dict, List, Protocol, Sequence, Tuple, runtime_checkable
 
-from ..errors import SamError
+from ..errors import SamError, check_whole
 from ..merge.methods import MergeMethod
 from ..plan import Plan, Selection, TaskModelSpec
-from .base import SelectionContext, Selector
+from .base import SelectionContext, Selector, check_scored
 
 
 @runtime_checkable
@@ -67,12 +67,18 @@ class SaMEco:
 
 
 def run_selectors(selectors: Sequence[Selector], context: SelectionContext, n_experts: int) -> List[Selection]:
-    """Every selector's ranking of the bank's experts."""
+    """Every selector's ranking of the bank's experts.
+
+    RAISES: SamError S301 without experts, S302 without texts, S305 if a selector does not score exactly the experts.
+    """
     if not context.bank.experts:
         raise SamError("S301")
     if not any(text.strip() for text in context.texts):
         raise SamError("S302")
-    return [selector(context, n_experts) for selector in selectors]
+    selections = [selector(context, n_experts) for selector in selectors]
+    for selection in selections:
+        check_scored(selection.selector, (name for name, _ in selection.scores), context)
+    return selections
 
 
 def mean_rank(selections: Sequence[Selection]) -> List[str]:
@@ -101,7 +107,6 @@ def make_plan(
 
 
 def _check(selectors: Sequence[Any], n_experts: int) -> None:
-    if not isinstance(n_experts, int) or n_experts < 1:
-        raise SamError("S205", setting="n_experts", expected="a whole number of at least 1", found=repr(n_experts))
+    check_whole("n_experts", n_experts)
     if not selectors:
         raise SamError("S205", setting="selectors", expected="at least one selector", found="none")

@@ -1,8 +1,10 @@
 """Supervised fine-tuning of one causal LM on a schedule of batches: full weights or LoRA, by transformers' Trainer."""
 
+import hashlib
 import json
 import logging
 import time
+from array import array
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence
@@ -10,7 +12,6 @@ from typing import Any, Dict, List, Optional, Sequence
 import torch
 from torch.utils.data import Dataset as TorchDataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
 
 from ..errors import SamError
 from .data import IGNORED, Example
@@ -75,7 +76,7 @@ class Collator:
 
 
 class SaveEvery(TrainerCallback):
-    """Asks for a checkpoint every few minutes, whatever the speed of the machine."""
+    """Asks for a checkpoint every few minutes, whatever the speed of the machine. The loss up to it is logged into it."""
 
     def __init__(self, minutes: float) -> None:
         self.seconds = minutes * 60
@@ -83,8 +84,10 @@ class SaveEvery(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         if time.monotonic() - self.last >= self.seconds:
-            control.should_save = True
+            control.should_save = control.should_log = True
             self.last = time.monotonic()
+        if state.global_step >= state.max_steps:
+            control.should_log = True
         return control
 
 
@@ -105,10 +108,10 @@ def fine_tune(
     batches (Sequence[List[Example]]): One micro-batch for each step and accumulation.
     work (Path): Folder for checkpoints (not the result).
     settings (SftSettings): Hyper-parameters.
-    RETURNS (float): Mean training loss.
-    RAISES: SamError S605 if `work` holds a run with other settings.
+    RETURNS (float): Mean training loss, that of the steps before the checkpoint included.
+    RAISES: SamError S605 if `work` holds a run with other settings or batches.
     """
-    _check_same_run(work, settings)
+    _check_same_run(work, settings, batches)
     args = TrainingArguments(
         output_dir=str(work),
         max_steps=settings.max_steps,
@@ -139,21 +142,53 @@ def fine_tune(
         train_dataset=Schedule(batches),
         callbacks=[SaveEvery(save_minutes)],
     )
-    checkpoint: Optional[str] = get_last_checkpoint(str(work)) if work.is_dir() else None
+    checkpoint = last_checkpoint(work)
     if checkpoint:
         logger.info("Continuing from %s", checkpoint)
-    result = trainer.train(resume_from_checkpoint=checkpoint)
-    return float(result.training_loss)
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    return _mean_loss(trainer.state.log_history)
 
 
-def _check_same_run(work: Path, settings: SftSettings) -> None:
+def last_checkpoint(work: Path) -> Optional[Path]:
+    """The newest checkpoint that was written to its end. RETURNS (Optional[Path]): None if there is none."""
+    found = sorted(work.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]), reverse=True)
+    return next((path for path in found if _is_json(path / "trainer_state.json")), None)
+
+
+def _is_json(path: Path) -> bool:
+    """Trainer writes its state last: without it, or with half of it, the run was stopped while saving."""
+    try:
+        return bool(json.loads(path.read_text(encoding="utf8")))
+    except (OSError, ValueError):
+        return False
+
+
+def _mean_loss(history: Sequence[Dict[str, float]]) -> float:
+    """Each logged loss is the mean since the one before; Trainer's own result forgets those before a checkpoint."""
+    step, total = 0.0, 0.0
+    for entry in history:
+        if "loss" in entry:
+            total += entry["loss"] * (entry["step"] - step)
+            step = entry["step"]
+    return total / step if step else 0.0
+
+
+def _check_same_run(work: Path, settings: SftSettings, batches: Sequence[List[Example]]) -> None:
     path = work / "settings.json"
-    wanted = asdict(settings)
+    wanted = {**asdict(settings), "batches": _hash_batches(batches)}
     if path.is_file():
         found = json.loads(path.read_text(encoding="utf8"))
-        changed = sorted(key for key in wanted if found.get(key) != wanted[key])
+        changed = sorted(key for key in found if found[key] != wanted.get(key))
         if changed:
             raise SamError("S605", path=work, changed=", ".join(changed))
     else:
         work.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(wanted, indent=2), encoding="utf8")
+
+
+def _hash_batches(batches: Sequence[List[Example]]) -> str:
+    """What the corpora, the prompt and the tokenizer decide, in 16 hex digits."""
+    digest = hashlib.sha256()
+    for example in (example for batch in batches for example in batch):
+        digest.update(array("q", [example.n_prompt, len(example.input_ids), *example.input_ids]).tobytes())
+    return digest.hexdigest()[:16]
