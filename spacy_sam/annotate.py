@@ -41,14 +41,10 @@ class Annotator:
     def window_size(self, labels: Sequence[str], wanted: int) -> int:
         """Tokens a window may have: `wanted`, or what the labels leave of the model's context.
 
-        Half of what is left after the prompt is kept for the answer.
         RAISES: SamError S204 if the labels leave no room.
         """
         n_prefix = max(self.engine.prompt_length(group) for group in self.format.groups(labels))
-        left = self.engine.context - n_prefix
-        if left < MIN_ROOM:
-            raise SamError("S204", n_prefix=n_prefix, left=left, context=self.engine.context, needed=MIN_ROOM)
-        return min(wanted, left // 2)
+        return fit_window(n_prefix, self.engine.context, wanted)
 
     def first_window(self, text: str, size: int) -> str:
         """The beginning of a text, at most `size` tokens of it: enough to judge experts by."""
@@ -97,6 +93,14 @@ class Annotator:
         self.counts.dropped += n_dropped
         self.counts.malformed += parsed.n_malformed
         return placed
+
+
+def fit_window(n_prefix: int, context: int, wanted: int) -> int:
+    """Tokens a window may have: half of what the prompt leaves of the context is kept for the answer. RAISES: SamError S204."""
+    left = context - n_prefix
+    if left < MIN_ROOM:
+        raise SamError("S204", n_prefix=n_prefix, left=left, context=context, needed=MIN_ROOM)
+    return min(wanted, left // 2)
 
 
 def check_labels(labels: Iterable[str]) -> Tuple[str, ...]:

@@ -12,10 +12,11 @@ from typing import Any, Dict, Iterator, List, Mapping, Optional, Tuple, Union
 
 from .adapters import Adapter, hash_adapter, read_adapter, read_adapter_config
 from .errors import SamError
-from .plan import Expert, Strict, from_json, to_json
+from .plan import Expert, Plan, Strict, from_json, to_json
 
 SCHEMA_VERSION = 1
 BANK_FILE, CARD_FILE, EXPERTS_DIR = "bank.json", "card.json", "experts"
+TOKENIZER_FILE = "tokenizer.json"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 
 
@@ -62,8 +63,13 @@ class ExpertBank:
         name: str = "bank",
         details: Optional[Mapping[str, Any]] = None,
     ) -> "ExpertBank":
-        """Write an empty bank around a base. `base` is a folder name inside `path`, a path, or a hub id."""
+        """Write an empty bank around a base. `base` is a folder name inside `path`, a path, or a hub id.
+
+        RAISES: SamError S117 if there is a bank already.
+        """
         path = Path(path)
+        if (path / BANK_FILE).exists():
+            raise SamError("S117", path=path)
         path.mkdir(parents=True, exist_ok=True)
         inside = path / base
         local = next((folder for folder in (inside, Path(base)) if folder.is_dir()), None)
@@ -163,6 +169,14 @@ class ExpertBank:
             if found != self.base_hash:
                 raise SamError("S110", path=self.path, found=found, expected=self.base_hash)
 
+    def check_plan(self, plan: Plan) -> None:
+        """RAISES: SamError S112 if a plan is for another base, S108 or S116 if its experts are gone or were changed."""
+        if plan.base_hash != self.base_hash:
+            raise SamError("S112", found=plan.base_hash, expected=self.base_hash)
+        for name, known in plan.adapter_hashes.items():
+            if self.adapter_hash(name) != known:
+                raise SamError("S116", name=name)
+
     def add(self, name: str, adapter: Union[str, Path], card: Expert) -> None:
         """Copy an adapter folder into the bank under `name`. No other expert is touched.
 
@@ -247,15 +261,17 @@ def bundled_bank_path() -> Path:
 
 
 def hash_base(folder: Path) -> str:
-    """Hash a base by its safetensors headers, sizes and the first 4 KiB of every tensor.
+    """Hash a base by its tokenizer, its safetensors headers and the first 4 KiB of every tensor.
 
-    A retrained or reshaped base has another hash, and an 8B base is hashed in well under a second. It is no checksum
-    against single damaged bytes.
+    A retrained or reshaped base, or one with another vocabulary, has another hash, and an 8B base is hashed in well
+    under a second. It is no checksum against single damaged bytes.
     """
     digest = hashlib.sha256()
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise SamError("S503", path=folder, reason="no .safetensors file in it")
+    if (folder / TOKENIZER_FILE).is_file():
+        digest.update((folder / TOKENIZER_FILE).read_bytes())
     for file in files:
         with file.open("rb") as stream:
             header, start = _read_header(stream, file)

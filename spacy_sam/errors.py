@@ -29,6 +29,7 @@ MESSAGES = {
     "starting with a letter or digit.",
     "S115": "The bundled bank is not in this installation. Reinstall spacy-sam, or set 'bank' to a bank folder.",
     "S116": "The plan was made with another version of expert '{name}' than the bank holds now. Select again.",
+    "S117": "There is a bank at {path} already. Add experts to it, or give another folder.",
     # Prompts, windows, alignment
     "S201": "Unknown prompt format '{name}'. This version of spacy-sam knows: {known}.",
     "S202": "Labels must be {expected}, got {found}.",
@@ -58,6 +59,8 @@ MESSAGES = {
     "S503": "The base at {path} cannot be loaded: {reason}.",
     "S504": "The model was put on {device} in another process. CUDA cannot be used in a forked worker: call nlp.pipe with "
     "n_process=1 (the component batches by itself), or use the 'spawn' start method.",
+    "S505": "A prompt has {n_tokens} tokens, and the base takes {context} with the answer. Ask about shorter texts, or use "
+    "a task that divides them, such as spacy_sam.NER.v1.",
     # Training and data
     "S601": "The training config {path} is not valid:\n{problems}",
     "S602": "No such data: {path}. Give a .jsonl, .spacy or .conll/.bio/.iob file.",

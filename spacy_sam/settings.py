@@ -56,6 +56,12 @@ def check_settings(cfg: Dict[str, Any]) -> None:
         raise SamError("S702", setting="window_overlap", expected="less than window_size", found=found)
     if cfg["selection"] not in MODES:
         raise SamError("S702", setting="selection", expected=f"one of {MODES}", found=repr(cfg["selection"]))
+    for setting in ("annotate_ents", "overwrite"):
+        if not isinstance(cfg[setting], bool):
+            raise SamError("S702", setting=setting, expected="true or false", found=repr(cfg[setting]))
+    key = cfg["spans_key"]
+    if key is not None and (not isinstance(key, str) or not key):
+        raise SamError("S702", setting="spans_key", expected="a name, or empty for none", found=repr(key))
     threshold = cfg["threshold"]
     if isinstance(threshold, bool) or not isinstance(threshold, (int, float)) or not 0 <= threshold <= 1:
         raise SamError("S702", setting="threshold", expected="a number between 0 and 1", found=repr(threshold))

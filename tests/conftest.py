@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from typing import Any, Callable
 
 import pytest
 import torch
@@ -30,3 +31,20 @@ def bank_copy(tiny_bank_path: Path, tmp_path: Path) -> ExpertBank:
     path = tmp_path / "bank"
     shutil.copytree(tiny_bank_path, path)
     return ExpertBank(path)
+
+
+@pytest.fixture
+def make_parts(tiny_bank_path: Path) -> Callable[..., Any]:
+    """Makes a pipeline on the tiny bank with a fake engine and a fake strategy; see `pipelines.Parts`."""
+    from pipelines import Parts, make_nlp
+
+    bank = ExpertBank(tiny_bank_path)
+    return lambda **config: Parts(*make_nlp(bank, **config), bank)
+
+
+@pytest.fixture(scope="session")
+def remembering_bank(tmp_path_factory: pytest.TempPathFactory) -> ExpertBank:
+    """A bank whose base knows the answers to a few texts, built once: do not change it."""
+    from fakes import make_remembering_bank
+
+    return make_remembering_bank(tmp_path_factory.mktemp("remembering") / "bank")

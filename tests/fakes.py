@@ -104,7 +104,7 @@ class FakeStrategy:
             raise SamError("S302")
         self.contexts.append(context)
         number = (len(self.contexts) - 1) % len(context.bank.experts)
-        return plan_of(context.bank, f"expert{number}")
+        return plan_of(context.bank, context.bank.experts[number].name)
 
     def __getstate__(self) -> Dict[str, Any]:
         return {"contexts": []}

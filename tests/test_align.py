@@ -113,6 +113,12 @@ def test_align_any_white_space_is_a_space():
     assert places("NEW YORK, New\nYork, New\u00a0York", "New York", "New York") == [(10, 18), (20, 28)]
     assert places("New York", "New\nYork") == [(0, 8)]
     assert places("a\u2028b\x85c", "a b", "b c") == [(0, 3), (2, 5)]
+    assert places("NEW  YORK, NEW\nYORK", "New York") == [(11, 19)]
+
+
+def test_align_never_begins_with_white_space():
+    # The compatible form of a spacing mark begins with a space.
+    assert place("x \u0308y", "\u00a8y") == ([], 1)
 
 
 @pytest.mark.parametrize("surface", [" Ann", "Ann\n", "\u3000Ann "])
@@ -148,7 +154,9 @@ def test_align_word_boundaries_hold_in_every_reading():
 
 def test_align_after_a_rejected_place_finds_an_overlapping_one():
     assert places("xa-a-a.", "a-a") == [(3, 6)]
-    assert places("Xİa. İa", "i\u0307a", "İA") == [(5, 7)]
+    assert places("👩‍🚀🚀🚀", "🚀🚀") == [(3, 5)]
+    # The reading that finds it is shorter than the text.
+    assert places("x" + " " * 20 + "bab1 ＡＢ", "ab") == [(26, 28)]
 
 
 @pytest.mark.parametrize(
@@ -218,6 +226,11 @@ def test_align_a_name_in_another_name_is_the_last_choice():
     )
 
 
+def test_align_goes_on_from_what_is_furthest_on():
+    assert places("Bo. Bo Li", "Bo Li", "Bo", "Bo") == [(4, 9), (4, 6), (0, 2)]
+    assert places("Bo. Ann. Bo. Bo Li", "Bo Li", "Ann", "Bo") == [(13, 18), (4, 7), (13, 15)]
+
+
 def test_align_nested_and_crossing():
     assert places("Bank of England", "Bank of England", "England", "Bank") == [(0, 15), (8, 15), (0, 4)]
     assert places("New York City Hall", "New York City", "City Hall") == [(0, 13), (9, 18)]
@@ -230,6 +243,7 @@ def test_align_occurrences_of_a_surface_do_not_overlap():
 
 def test_align_two_labels_take_two_occurrences():
     assert places("Paris, Paris", "Paris|LOC", "Paris|ORG") == [(0, 5, "LOC"), (7, 12, "ORG")]
+    assert places("Bob, Bob, Cid", "Cid", "Bob|PER", "Bob|ORG") == [(10, 13), (0, 3, "PER"), (5, 8, "ORG")]
 
 
 def test_align_two_labels_share_the_only_occurrence():

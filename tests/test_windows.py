@@ -1,3 +1,4 @@
+import itertools
 import re
 
 import numpy
@@ -222,8 +223,8 @@ def test_windows_hold_all_and_fit(case):
         held.update(range(window.start, end))
     assert held >= {i for i, char in enumerate(text) if not char.isspace()}
     ends = [w.start + len(w.text) for w in windows]
-    assert all(a.start < b.start for a, b in zip(windows, windows[1:]))
-    assert all(a < b for a, b in zip(ends, ends[1:]))
+    assert all(a.start < b.start for a, b in itertools.pairwise(windows))
+    assert all(a < b for a, b in itertools.pairwise(ends))
 
 
 @long_run
@@ -231,7 +232,7 @@ def test_windows_hold_all_and_fit(case):
 def test_windows_overlap_no_more_than_asked(case):
     doc, starts, size, overlap = case
     windows = doc_windows(doc, token_starts=lambda _: starts, size=size, overlap=overlap)
-    for before, after in zip(windows, windows[1:]):
+    for before, after in itertools.pairwise(windows):
         end = before.start + len(before.text)
         assert sum(after.start <= start < end for start in starts) <= overlap
 

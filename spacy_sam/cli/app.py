@@ -3,6 +3,7 @@
 Exit codes: 0 all went well; 1 something the user can mend (a coded error); 2 wrong usage.
 """
 
+import os
 import sys
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +23,13 @@ app = typer.Typer(
 )
 bank_app = typer.Typer(help="List, check and change a bank of experts.", no_args_is_help=True)
 app.add_typer(bank_app, name="bank")
+
+
+@app.callback()
+def _before_any_command() -> None:
+    if not progress_wanted():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # read when transformers is imported
+
 
 BankOption = typer.Option(None, "--bank", "-b", help="Bank folder. Default: the bank that comes with the package.")
 

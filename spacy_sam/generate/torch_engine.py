@@ -2,7 +2,6 @@
 
 import copy
 import logging
-from contextlib import contextmanager
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
@@ -13,6 +12,7 @@ from ..merge.materialise import WeightSwitch
 from ..merge.methods import MergeMethod
 from ..plan import TaskModelSpec
 from ..prompts import PromptEncoder, make_format
+from ..quiet import quiet_loading
 from .engine import Completion, Request
 
 logger = logging.getLogger("spacy_sam")
@@ -72,7 +72,7 @@ class TorchEngine:
         source, revision = bank.base
         bank.check_base()
         kwargs: Dict[str, Any] = {"revision": revision, "local_files_only": local_files_only}
-        with _quiet_transformers():
+        with quiet_loading():
             try:
                 tokenizer = AutoTokenizer.from_pretrained(source, **kwargs)
                 model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=torch_dtype, **kwargs)
@@ -111,8 +111,17 @@ class TorchEngine:
         return [done[place] for place in range(len(requests))]
 
     def complete(self, task_model: TaskModelSpec, prompts: Sequence[str]) -> List[Completion]:
-        """Complete whole prompts, as other tasks write them, greedily. RETURNS (List[Completion]): In the order given."""
+        """Complete whole prompts, as other tasks write them, greedily.
+
+        task_model (TaskModelSpec): The task model.
+        prompts (Sequence[str]): Any prompts, each with at least one token.
+        RETURNS (List[Completion]): In the order given.
+        RAISES: SamError S505 if the context holds no prompt that long and an answer.
+        """
         rows = [_Row(place, self.encoder.whole(prompt)) for place, prompt in enumerate(prompts)]
+        longest = max((len(row.body) for row in rows), default=0)
+        if longest >= self.context:
+            raise SamError("S505", n_tokens=longest, context=self.context)
         done = dict(self._run_group(_Group(task_model, (), []), rows))
         return [done[place] for place in range(len(prompts))]
 
@@ -264,17 +273,3 @@ def _end_ids(model: Any, tokenizer: Any) -> Tuple[int, ...]:
     ids = [tokenizer.eos_token_id, model.generation_config.eos_token_id]
     flat = [i for item in ids for i in (item if isinstance(item, list) else [item])]
     return tuple(sorted({i for i in flat if i is not None}))
-
-
-@contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """No "Loading weights" bar: it would stand in the middle of the user's own progress."""
-    from transformers.utils import logging as transformers_logging
-
-    was_on = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if was_on:
-            transformers_logging.enable_progress_bar()

@@ -6,6 +6,7 @@ from typing import Any, Callable, Dict, Iterator, Tuple
 from ..bank import ExpertBank
 from ..errors import SamError
 from ..plan import Plan, TaskModelSpec
+from ..quiet import quiet_loading
 from .materialise import WeightSwitch
 from .methods import MergeMethod
 
@@ -28,14 +29,16 @@ def write_task_models(
     if plan.base_hash != bank.base_hash:
         raise SamError("S112", found=plan.base_hash, expected=bank.base_hash)
     source, revision = bank.base
-    model = AutoModelForCausalLM.from_pretrained(source, revision=revision, dtype="auto")
-    tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
+    with quiet_loading():
+        model = AutoModelForCausalLM.from_pretrained(source, revision=revision, dtype="auto")
+        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
     switch = WeightSwitch(model, bank.load_adapter, resolve)
     out.mkdir(parents=True, exist_ok=True)
     plan.to_disk(out / "plan.json")
     for number, spec in enumerate(plan.task_models, 1):
         folder = out / f"task_model_{number}"
         switch.use(spec)
-        model.save_pretrained(folder)
+        with quiet_loading():
+            model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         yield folder, spec

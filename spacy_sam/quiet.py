@@ -1,0 +1,18 @@
+"""Loading models without other libraries' bars."""
+
+from contextlib import contextmanager
+from typing import Iterator
+
+
+@contextmanager
+def quiet_loading() -> Iterator[None]:
+    """No "Loading weights" bar of transformers: it would stand in the middle of the user's own progress."""
+    from transformers.utils import logging
+
+    was_on = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_on:
+            logging.enable_progress_bar()
