@@ -1,6 +1,5 @@
-"""The spaCy factory `sam_ner`: selects and merges experts for the stream at hand and annotates its documents."""
+"""The spaCy component: selects and merges experts for the stream at hand and annotates its documents."""
 
-import logging
 import os
 import warnings
 from itertools import chain, islice
@@ -9,76 +8,20 @@ from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Sequ
 
 import srsly
 from spacy import util
-from spacy.language import Language
 from spacy.pipeline import Pipe
 from spacy.tokens import Doc
 from spacy.vocab import Vocab
 
 from .align import Candidate
-from .annotate import Annotator, check_labels
-from .bank import ExpertBank, bundled_bank_path
+from .annotate import check_labels
+from .bank import ExpertBank
 from .errors import SamError
+from .parts import Parts
 from .plan import Plan
-from .prompts import make_format
 from .select.base import SelectionContext
-from .select.encoder import SentenceEncoder
-from .settings import DEFAULT_CONFIG, SPANS_KEY, Labels, check_settings, read_labels
+from .settings import SPANS_KEY, Labels, check_settings, read_labels
 from .windows import Window, doc_windows
 from .write import EntsFilter, merge_windows, to_spans, write_ents, write_spans
-
-logger = logging.getLogger("spacy_sam")
-logger.addHandler(logging.NullHandler())
-
-
-@Language.factory(
-    "sam_ner",
-    assigns=["doc.ents", "doc.spans", "token.ent_iob", "token.ent_type"],
-    default_config=DEFAULT_CONFIG,
-    default_score_weights={"ents_f": 1.0, "ents_p": 0.0, "ents_r": 0.0, "ents_per_type": None},
-)
-def make_sam_ner(
-    nlp: Language,
-    name: str,
-    bank: Optional[Union[str, Path]],
-    labels: Union[List[str], Dict[str, str]],
-    strategy: Callable[[SelectionContext], Plan],
-    engine: Callable[[ExpertBank], Any],
-    selection: str,
-    look_ahead: int,
-    min_docs: int,
-    encoder: Optional[str],
-    window_size: int,
-    window_overlap: int,
-    batch_size: int,
-    threshold: float,
-    spans_key: Optional[str],
-    annotate_ents: bool,
-    ents_filter: Optional[Callable],
-    overwrite: bool,
-    scorer: Optional[Callable],
-) -> "SamNer":
-    """Build the component; see `SamNer`."""
-    return SamNer(
-        nlp.vocab,
-        name,
-        bank=bank,
-        labels=labels,
-        strategy=strategy,
-        engine=engine,
-        selection=selection,
-        look_ahead=look_ahead,
-        min_docs=min_docs,
-        encoder=encoder,
-        window_size=window_size,
-        window_overlap=window_overlap,
-        batch_size=batch_size,
-        threshold=threshold,
-        spans_key=spans_key,
-        annotate_ents=annotate_ents,
-        ents_filter=ents_filter,
-        overwrite=overwrite,
-        scorer=scorer,
-    )
 
 
 class SamNer(Pipe):
@@ -139,10 +82,8 @@ class SamNer(Pipe):
         """
         self.vocab = vocab
         self.name = name
-        self.strategy = strategy
-        self.make_engine = engine
-        self.bank_path = str(bank) if bank is not None else None
-        self.encoder_path = encoder
+        path = str(bank) if bank is not None else None
+        self.parts = Parts(bank=path, strategy=strategy, engine=engine, encoder=encoder)
         self.ents_filter = ents_filter
         self.scorer = scorer
         self.cfg: Dict[str, Any] = {
@@ -162,9 +103,6 @@ class SamNer(Pipe):
         self.set_labels(labels)
         self._plan: Optional[Plan] = None
         self._unchecked: Optional[Plan] = None  # a plan that was loaded, until it is held against the bank
-        self._annotator: Optional[Annotator] = None
-        self._bank: Optional[ExpertBank] = None
-        self._encoder: Optional[SentenceEncoder] = None
         self._home_pid = self._guarded_pid = os.getpid()
         self._warned_single = False
 
@@ -178,26 +116,12 @@ class SamNer(Pipe):
     @plan.setter
     def plan(self, plan: Optional[Plan]) -> None:
         if plan is not None:
-            self._check_plan(plan)
+            self.parts.check_plan(plan)
         self._plan = plan
 
     def reset(self) -> None:
         """Forget the plan: the next stream selects again."""
         self._plan = None
-
-    @property
-    def bank(self) -> ExpertBank:
-        """The bank, opened on first use."""
-        if self._bank is None:
-            self._bank = ExpertBank(self.bank_path if self.bank_path is not None else bundled_bank_path())
-        return self._bank
-
-    @property
-    def annotator(self) -> Annotator:
-        """The engine with its model, loaded on first use."""
-        if self._annotator is None:
-            self._annotator = Annotator(self.make_engine(self.bank), make_format(self.bank.prompt))
-        return self._annotator
 
     @property
     def labels(self) -> Tuple[str, ...]:
@@ -232,24 +156,7 @@ class SamNer(Pipe):
         return self._plan
 
     def _select(self, sample: Sequence[str]) -> Plan:
-        asked = self._asked()
-        phrases = tuple(asked.values())
-        size = self.annotator.window_size(phrases, self.cfg["window_size"])
-        if self._encoder is None:
-            self._encoder = SentenceEncoder(self.bank.encoder, path=self.encoder_path)
-        context = SelectionContext(
-            texts=tuple(text for text in sample if text.strip()),
-            labels=phrases,
-            bank=self.bank,
-            encode=self._encoder,
-            encoder=self.bank.encoder,
-            annotate=lambda spec, texts: self.annotator.found(
-                spec, phrases, [self.annotator.first_window(text, size) for text in texts]
-            ),
-        )
-        plan = self.strategy(context)
-        logger.info("%s: plan %s from %d texts\n%s", self.name, plan.fingerprint, len(sample), plan)
-        return plan
+        return self.parts.make_plan(sample, tuple(self._asked().values()), self.cfg["window_size"])
 
     # spaCy's calls
 
@@ -328,20 +235,12 @@ class SamNer(Pipe):
     def _prepare(self, plan: Optional[Plan]) -> Optional[Plan]:
         """Before any work: the process is fit for it, the bank can be opened, and the plan, given or loaded, is for it."""
         self._guard_process()
-        self._bank = self.bank
         if plan is not None:
-            self._check_plan(plan)
+            self.parts.check_plan(plan)
         elif self._plan is not None and self._plan is self._unchecked:
-            self._check_plan(self._plan)
+            self.parts.check_plan(self._plan)
             self._unchecked = None
         return plan
-
-    def _check_plan(self, plan: Plan) -> None:
-        if plan.base_hash != self.bank.base_hash:
-            raise SamError("S112", found=plan.base_hash, expected=self.bank.base_hash)
-        for name, known in plan.adapter_hashes.items():
-            if self.bank.adapter_hash(name) != known:
-                raise SamError("S116", name=name)
 
     # Annotation
 
@@ -372,10 +271,10 @@ class SamNer(Pipe):
     def _find(self, docs: List[Doc], plan: Plan) -> List[List[Candidate]]:
         asked = self._asked()
         names = {phrase: name for name, phrase in asked.items()}
-        size = self.annotator.window_size(list(asked.values()), self.cfg["window_size"])
+        size = self.parts.annotator.window_size(list(asked.values()), self.cfg["window_size"])
         windows = [self._windows(doc, size) for doc in docs]
         flat = [window for pieces in windows for window in pieces]
-        answers = iter(self.annotator.annotate(plan.task_models, list(asked.values()), flat))
+        answers = iter(self.parts.annotator.annotate(plan.task_models, list(asked.values()), flat))
         named = []
         for pieces in windows:
             merged = merge_windows(list(islice(answers, len(pieces))))
@@ -384,7 +283,7 @@ class SamNer(Pipe):
 
     def _windows(self, doc: Doc, size: int) -> List[Window]:
         overlap = min(self.cfg["window_overlap"], size - 1)
-        return doc_windows(doc, token_starts=self.annotator.engine.token_starts, size=size, overlap=overlap)
+        return doc_windows(doc, token_starts=self.parts.annotator.engine.token_starts, size=size, overlap=overlap)
 
     def _set_annotations(self, doc: Doc, candidates: Sequence[Candidate], plan: Optional[Plan]) -> None:
         pairs = to_spans(doc, candidates, self.cfg["threshold"])
@@ -399,13 +298,7 @@ class SamNer(Pipe):
         """The words that are asked for each label."""
         if self.cfg["labels"]:
             return self.cfg["labels"]
-        counts: Dict[str, int] = {}
-        for card in self.bank.experts:
-            for label in card.labels:
-                counts[label] = counts.get(label, 0) + 1
-        shared = sorted(label for label, n in counts.items() if n > 1)
-        if not shared:
-            raise SamError("S202", expected="at least one name", found="none, and no two experts share a type")
+        shared = self.parts.shared_types()
         self._add_strings(shared)
         return {label: label for label in shared}
 
@@ -424,9 +317,7 @@ class SamNer(Pipe):
         import torch
 
         torch.set_num_threads(1)
-        device = getattr(self._annotator.engine, "device", None) if self._annotator else None
-        if device is not None and device.type == "cuda":
-            raise SamError("S504", device=device)
+        self.parts.refuse_foreign_cuda()
         self._guarded_pid = os.getpid()
 
     def _refuse_in_worker(self) -> None:
@@ -441,8 +332,7 @@ class SamNer(Pipe):
     # Serialisation
 
     def __reduce__(self) -> tuple:
-        state = {k: v for k, v in self.__dict__.items() if k not in ("_annotator", "_bank")}
-        return _rebuild, (type(self), self.vocab, self.name, state)
+        return _rebuild, (type(self), self.vocab, self.name, self.__dict__)
 
     def to_bytes(self, *, exclude: Iterable[str] = util.SimpleFrozenList()) -> bytes:
         """Serialise labels, settings and plan. exclude (Iterable[str]): Parts to leave out. RETURNS (bytes)."""
@@ -491,5 +381,5 @@ def _rebuild(cls: Type[SamNer], vocab: Vocab, name: str, state: Dict[str, Any]) 
     component = cls.__new__(cls)
     component.vocab = vocab
     component.name = name
-    component.__dict__.update(state, _annotator=None, _bank=None)
+    component.__dict__.update(state)
     return component

@@ -133,7 +133,7 @@ def evaluate(
     for name, records in corpora.items():
         component.set_labels(sorted({label for record in records for _, _, label in record.entities}))
         table[name] = {}
-        for row, made in plans(component.bank, merge, n_experts, rows).items():
+        for row, made in plans(component.parts.bank, merge, n_experts, rows).items():
             plan = made if isinstance(made, Plan) else _select(component, made, records)
             table[name][row] = score(nlp, component, records, plan)
             on_result(name, row, table[name][row])
@@ -141,7 +141,7 @@ def evaluate(
 
 
 def _select(component: SamNer, strategy: Strategy, records: Sequence[Record]) -> Plan:
-    component.strategy = strategy
+    component.parts.strategy = strategy
     return component.select(record.text for record in records)
 
 

@@ -5,9 +5,8 @@ spacy-llm decides what a task can do by its annotations: those of the protocol m
 """
 
 import os
-import re
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterable, List, Optional, Tuple, Union
+from typing import Any, Callable, Dict, Iterable, List, Optional, Sequence, Tuple, Union
 
 import srsly
 from spacy import util
@@ -23,11 +22,8 @@ from .plan import Plan, TaskModelSpec
 from .prompts import LinesFormat, PromptFormat, make_format
 from .registered import TorchEngineMaker
 from .settings import read_labels
-from .windows import Window, doc_windows
+from .windows import Window, doc_windows, estimate_starts
 from .write import merge_windows, to_spans, write_ents
-
-Question = Tuple[Tuple[str, ...], Window]
-_PIECES = re.compile(r"[A-Z]?[a-z]{1,4}|[A-Z]{2}|\S|\s(?=\s)")
 
 
 def make_merged(
@@ -43,13 +39,11 @@ def make_merged(
     local_files_only: bool = False,
 ) -> "MergedModel":
     """`spacy_sam.Merged.v1`: a task model as a spacy-llm model. It never sees the corpus, so it is told what to merge.
-
     Plan and cards are read here, weights with the first prompt.
 
     plan (Optional[Union[str, Path]]): A plan's file, as `spacy sam select` or `Plan.to_disk` wrote it.
     experts (Optional[List[str]]): Instead of a plan, the experts to merge; none of them is the untuned base.
-    merge (Optional[MergeMethod]): With `experts`, how to merge them: a registered `spacy_sam.TIES.v1` or the like;
-        None for TIES with its defaults.
+    merge (Optional[MergeMethod]): With `experts`, a registered method; None for `spacy_sam.TIES.v1` with its defaults.
     bank (Optional[Union[str, Path]]): The bank's folder; None for the one that comes with the package.
     task_model (int): Which of the plan's task models, from 1.
     device, dtype, max_new_tokens, tokens_per_batch, local_files_only: As of `spacy_sam.TorchEngine.v1`.
@@ -57,7 +51,7 @@ def make_merged(
         in the bank, S113 for one that is named twice, S205 for other settings.
     """
     make_engine = TorchEngineMaker(device, dtype, max_new_tokens, tokens_per_batch, local_files_only)
-    opened = _open_bank(bank)
+    opened = ExpertBank(bank if bank is not None else bundled_bank_path())
     if (plan is None) == (experts is None):
         raise SamError("S205", setting="plan", expected="given, or 'experts', and not both", found=repr(plan))
     if plan is None:
@@ -67,10 +61,9 @@ def make_merged(
         raise SamError("S205", setting="merge", expected="left out with a plan, which has its own", found=repr(merge))
     read = Plan.from_disk(plan)
     opened.check_plan(read)
-    if isinstance(task_model, bool) or not 1 <= task_model <= len(read.task_models):
-        expected = f"the number of a task model of the plan, 1 to {len(read.task_models)}"
-        raise SamError("S205", setting="task_model", expected=expected, found=repr(task_model))
-    return MergedModel(opened, read.task_models[task_model - 1], make_engine)
+    if task_model not in range(1, len(read.task_models) + 1):
+        raise SamError("S205", setting="task_model", expected=f"1 to {len(read.task_models)}", found=repr(task_model))
+    return MergedModel(opened, read.task_models[int(task_model) - 1], make_engine)
 
 
 def make_ner(
@@ -95,8 +88,10 @@ def make_ner(
             raise SamError("S205", setting=setting, expected=f"a whole number of at least {least}", found=repr(value))
     if window_overlap >= window_size:
         raise SamError("S205", setting="window_overlap", expected="less than window_size", found=window_overlap)
-    known = LinesFormat(instruction) if instruction is not None else make_format(_open_bank(bank).prompt)
-    return NerTask(read_labels(labels), known, window_size, window_overlap)
+    if instruction is not None:
+        return NerTask(read_labels(labels), LinesFormat(instruction), window_size, window_overlap)
+    opened = ExpertBank(bank if bank is not None else bundled_bank_path())
+    return NerTask(read_labels(labels), make_format(opened.prompt), window_size, window_overlap)
 
 
 class MergedModel:
@@ -122,8 +117,7 @@ class MergedModel:
 
     @property
     def context_length(self) -> Optional[int]:
-        """Tokens that prompt and answer may have together. spacy-llm asks when the pipeline is built, so nothing is
-        loaded for it: it is not known (None) before a base on a hub was downloaded."""
+        """Tokens of prompt and answer together, known without loading; None for a base on a hub that is not here yet."""
         if self._engine is not None:
             return self._engine.context
         from transformers import AutoConfig
@@ -165,16 +159,12 @@ class NerTask:
     A completion has no score, so of two new entities that overlap the longer one stays, then the earlier one.
     """
 
-    def __init__(
-        self, labels: Dict[str, str], prompt_format: PromptFormat, window_size: int, window_overlap: int
-    ) -> None:
+    def __init__(self, labels: Dict[str, str], prompt_format: PromptFormat, window_size: int, overlap: int) -> None:
         self.format = prompt_format
         self.window_size = window_size
-        self.window_overlap = window_overlap
+        self.window_overlap = overlap
         self._labels = labels
         self._context: Optional[int] = None
-
-    # spacy-llm's calls
 
     def generate_prompts(
         self, docs: Iterable[Doc], context_length: Optional[int] = None
@@ -190,13 +180,14 @@ class NerTask:
         """Set entities. The same windows are cut again: nothing is kept from `generate_prompts` but the context length."""
         for of_doc, answers in zip(shards, responses):
             doc = next(iter(of_doc))
-            found = [self._candidates(*pair) for pair in zip(self._questions(doc), answers, strict=True)]
+            pairs = zip(self._questions(doc), answers, strict=True)
+            found = [self._candidates(*question, answer) for question, answer in pairs]
             names = {phrase: name for name, phrase in self._labels.items()}
             named = [candidate._replace(label=names[candidate.label]) for candidate in merge_windows(found)]
             write_ents(doc, to_spans(doc, named, 0.0), None, False)
             yield doc
 
-    def _questions(self, doc: Doc) -> List[Question]:
+    def _questions(self, doc: Doc) -> List[Tuple[Tuple[str, ...], Window]]:
         """Labels and window of each prompt, at least one, as spacy-llm needs a shard of every document."""
         groups = self.format.groups(list(self._labels.values()))
         if not groups:
@@ -209,11 +200,9 @@ class NerTask:
         windows = doc_windows(doc, token_starts=estimate_starts, size=size, overlap=overlap)
         return [(group, window) for group in groups for window in windows] or [(groups[0], Window("", 0))]
 
-    def _candidates(self, question: Question, answer: str) -> List[Candidate]:
-        labels, window = question
+    def _candidates(self, labels: Sequence[str], window: Window, answer: str) -> List[Candidate]:
         scored = [Scored(m.label, m.surface, 1.0) for m in self.format.parse(answer, labels).mentions]
-        placed, _ = align(scored, window.text, window.start)
-        return union(placed)
+        return union(align(scored, window.text, window.start)[0])
 
     @property
     def prompt_template(self) -> str:
@@ -223,8 +212,6 @@ class NerTask:
     def scorer(self, examples: Iterable[Example]) -> Dict[str, Any]:
         """Strict scores of `doc.ents`, as of spaCy's own NER."""
         return get_ner_prf(examples)
-
-    # Labels
 
     @property
     def labels(self) -> Tuple[str, ...]:
@@ -243,40 +230,20 @@ class NerTask:
         """Forget all labels."""
         self._labels = {}
 
-    # Serialisation: labels; the other settings are in the pipeline's config
-
     def to_bytes(self, *, exclude: Iterable[str] = util.SimpleFrozenList()) -> bytes:
-        return util.to_bytes({"cfg": lambda: srsly.json_dumps({"labels": self._labels})}, exclude)
+        """Serialise the labels; the other settings are in the pipeline's config."""
+        return util.to_bytes({"labels": lambda: srsly.json_dumps(self._labels)}, exclude)
 
     def from_bytes(self, data: bytes, *, exclude: Iterable[str] = util.SimpleFrozenList()) -> "NerTask":
-        util.from_bytes(data, {"cfg": lambda b: self._load(srsly.json_loads(b))}, exclude)
+        util.from_bytes(data, {"labels": lambda b: self._load(srsly.json_loads(b))}, exclude)
         return self
 
     def to_disk(self, path: Union[str, Path], *, exclude: Iterable[str] = util.SimpleFrozenList()) -> None:
-        serialize = {"cfg": lambda p: srsly.write_json(p.with_suffix(".json"), {"labels": self._labels})}
-        util.to_disk(util.ensure_path(path), serialize, exclude)
+        util.to_disk(util.ensure_path(path), {"labels.json": lambda p: srsly.write_json(p, self._labels)}, exclude)
 
     def from_disk(self, path: Union[str, Path], *, exclude: Iterable[str] = util.SimpleFrozenList()) -> "NerTask":
-        deserialize = {"cfg": lambda p: self._load(srsly.read_json(p.with_suffix(".json")))}
-        util.from_disk(util.ensure_path(path), deserialize, exclude)
+        util.from_disk(util.ensure_path(path), {"labels.json": lambda p: self._load(srsly.read_json(p))}, exclude)
         return self
 
-    def _load(self, cfg: Dict[str, Any]) -> None:
-        self._labels = read_labels(cfg["labels"])
-
-
-def estimate_starts(text: str) -> List[int]:
-    """A high guess at the characters at which model tokens start, for want of the model's tokenizer.
-
-    Four letters of ASCII or two capitals are a token, and so is any other character but a single space; one of more than
-    two bytes in UTF-8 is as many tokens as it has bytes, less one.
-    """
-    starts = []
-    for piece in _PIECES.finditer(text):
-        n_bytes = 1 if piece[0].isascii() else len(piece[0].encode("utf8", "surrogatepass"))
-        starts.extend([piece.start()] * max(1, n_bytes - 1))
-    return starts
-
-
-def _open_bank(path: Optional[Union[str, Path]]) -> ExpertBank:
-    return ExpertBank(path if path is not None else bundled_bank_path())
+    def _load(self, labels: Dict[str, str]) -> None:
+        self._labels = read_labels(labels)

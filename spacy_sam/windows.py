@@ -1,5 +1,6 @@
 """Doc -> windows: pieces that fit the model, with their place in the document. Nothing is ever cut off."""
 
+import re
 from bisect import bisect_left, bisect_right
 from dataclasses import dataclass
 from typing import Callable, List, Sequence, Tuple
@@ -10,6 +11,7 @@ from spacy.tokens import Doc
 from .errors import SamError
 
 SENTENCE_FINAL = frozenset(Sentencizer.default_punct_chars)
+_PIECES = re.compile(r"[A-Z]?[a-z]{1,4}|[A-Z]{2}|\S|\s(?=\s)")
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,19 @@ def doc_windows(doc: Doc, *, token_starts: Callable[[str], Sequence[int]], size:
         todo = cutter.skip_space(end)
         start = todo if clean else cutter.step_back(start, end, todo)
     return windows
+
+
+def estimate_starts(text: str) -> List[int]:
+    """A high guess at the characters at which model tokens start, for want of the model's tokenizer.
+
+    Four letters of ASCII or two capitals are a token, and so is any other character but a single space; one of more than
+    two bytes in UTF-8 is as many tokens as it has bytes, less one.
+    """
+    starts = []
+    for piece in _PIECES.finditer(text):
+        n_bytes = 1 if piece[0].isascii() else len(piece[0].encode("utf8", "surrogatepass"))
+        starts.extend([piece.start()] * max(1, n_bytes - 1))
+    return starts
 
 
 class _Cutter:

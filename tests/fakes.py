@@ -121,18 +121,22 @@ def plan_of(bank: ExpertBank, *groups: Any) -> Plan:
     return Plan(bank.base_hash, tuple(specs), {name: bank.adapter_hash(name) for name in names})
 
 
-def register_fakes() -> None:
-    """`sam_tests.*`: for configs. In another process, import this module to have them there."""
-    for name, maker in (
-        ("sam_tests.FakeEngine.v1", FakeEngineMaker),
-        ("sam_tests.NumberedEngine.v1", lambda: FakeEngineMaker(find_numbered)),
-        ("sam_tests.FakeStrategy.v1", FakeStrategy),
-    ):
-        if name not in spacy.registry.misc:
-            spacy.registry.misc(name, func=maker)
+# `sam_tests.*`, for configs. They have no settings; in another process, import this module to have them there.
 
 
-register_fakes()
+@spacy.registry.misc("sam_tests.FakeEngine.v1")
+def make_fake_engine() -> FakeEngineMaker:
+    return FakeEngineMaker()
+
+
+@spacy.registry.misc("sam_tests.NumberedEngine.v1")
+def make_numbered_engine() -> FakeEngineMaker:
+    return FakeEngineMaker(find_numbered)
+
+
+@spacy.registry.misc("sam_tests.FakeStrategy.v1")
+def make_fake_strategy() -> FakeStrategy:
+    return FakeStrategy()
 
 
 # For selection alone: no files

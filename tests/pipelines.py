@@ -40,7 +40,7 @@ class Parts(NamedTuple):
 
     @property
     def samples(self) -> List[Tuple[str, ...]]:
-        return self.sam.strategy.samples  # type: ignore[attr-defined]
+        return self.sam.parts.strategy.samples  # type: ignore[attr-defined]
 
 
 def names_in(text: str, number: int = 0, labels: Sequence[str] = LABELS) -> Found:
@@ -63,4 +63,4 @@ def raises(code: str) -> Any:
 
 def engines_of(sam: SamNer) -> List[FakeEngine]:
     """The engines that were made for it, none before the first use."""
-    return sam.make_engine.made  # type: ignore[attr-defined]
+    return sam.parts.make_engine.made  # type: ignore[attr-defined]

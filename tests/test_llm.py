@@ -21,14 +21,19 @@ from spacy_llm.ty import supports_sharding
 from spacy_sam.bank import ExpertBank
 from spacy_sam.errors import SamError
 from spacy_sam.generate.engine import Request
-from spacy_sam.llm import MergedModel, NerTask, estimate_starts, make_merged, make_ner
+from spacy_sam.llm import MergedModel, NerTask, make_merged, make_ner
 from spacy_sam.merge.methods import Mean
-from spacy_sam.plan import TaskModelSpec
+from spacy_sam.plan import Plan, TaskModelSpec
 from spacy_sam.prompts import LinesFormat, make_format
+from spacy_sam.windows import estimate_starts
 
 LABELS = ["person", "place"]
 PROMPT = re.compile(r"Types: (?P<labels>.*)\nText: (?P<text>.*)\nEntities:\n\Z")
-TEXTS = ["Anna Keller moved from Bern to Lisbon.", "Omar Haddad took the train to Paris with Lena and Jakob.", "Hi there"]
+TEXTS = [
+    "Anna Keller moved from Bern to Lisbon.",
+    "Omar Haddad took the train to Paris with Lena and Jakob.",
+    "Hi there",
+]
 
 
 class Parrot:
@@ -74,14 +79,18 @@ class Recite:
     def generate_prompts(self, docs: Iterable[Doc]) -> Iterable[str]:
         return [f"Say: {doc.text}" if doc.text else "" for doc in docs]
 
-    def parse_responses(self, docs: Iterable[Doc], responses: Iterable[Iterable[str]]) -> Iterable[Doc]:
-        for doc, (answer,) in zip(docs, responses, strict=True):
-            doc.user_data["said"] = answer
+    def parse_responses(self, docs: Iterable[Doc], responses: Iterable[str]) -> Iterable[Doc]:
+        for doc, answers in zip(docs, responses, strict=True):
+            doc.user_data["said"] = list(answers)  # one of each document, whatever spacy-llm wants the type to be
             yield doc
 
 
-for model in (Parrot, Numbered, Short):
-    registry.llm_models(f"sam_tests.{model.__name__}.v1", func=lambda context=4096, model=model: model(context))
+def register_parrot(parrot: Any) -> None:
+    registry.llm_models(f"sam_tests.{parrot.__name__}.v1", func=lambda context=4096: parrot(context))
+
+
+for parrot in (Parrot, Numbered, Short):
+    register_parrot(parrot)
 registry.llm_models("sam_tests.Unbounded.v1", func=Unbounded)
 registry.llm_tasks("sam_tests.Recite.v1", func=Recite)
 
@@ -136,9 +145,9 @@ def settings(tiny_bank_path: Path, plan_path: str) -> Dict[str, Dict[str, Any]]:
 # Our model
 
 
-def test_llm_completions_are_those_of_the_engine(settings, plan_path, tiny_bank_path):
+def test_llm_completions_are_those_of_the_engine(settings, plan_path):
     """The same prompts, tokens and task model as under sam_ner; the token limit is the same as the texts are not tiny."""
-    for number, spec in enumerate(plan_of(ExpertBank(tiny_bank_path), ("expert0", "expert1"), "expert2").task_models, 1):
+    for number, spec in enumerate(Plan.from_disk(plan_path).task_models, 1):
         nlp = make_nlp(settings["task"], {**settings["model"], "task_model": number}, save_io=True)
         engine = parts(nlp)[1].engine
         engine.end_ids = (*engine.end_ids, *range(3, 400, 14))
@@ -172,9 +181,13 @@ def test_llm_same_entities_as_sam_ner(tmp_path):
 def test_llm_one_call_for_a_batch(settings, monkeypatch):
     nlp = make_nlp(settings["task"], settings["model"])
     model = parts(nlp)[1]
-    calls = []
-    complete = model.engine.complete
-    monkeypatch.setattr(model.engine, "complete", lambda spec, prompts: calls.append(prompts) or complete(spec, prompts))
+    complete, calls = model.engine.complete, []
+
+    def count(spec: TaskModelSpec, prompts: List[str]) -> Any:
+        calls.append(prompts)
+        return complete(spec, prompts)
+
+    monkeypatch.setattr(model.engine, "complete", count)
     assert len(list(nlp.pipe([*TEXTS, "one two three " * 60, ""]))) == 5
     assert len(calls) == 1
     assert len(calls[0]) > 5
@@ -188,7 +201,7 @@ def test_llm_weights_are_not_loaded_before_the_first_prompt(settings):
     assert model.context_length == 512
     assert model._engine is None
     nlp("Hello")
-    assert model.context_length == model._engine.context == 512
+    assert model.context_length == model.engine.context == 512
 
 
 def test_llm_context_length_of_a_base_that_is_not_here(bank_copy, settings):
@@ -206,6 +219,10 @@ def test_llm_experts_instead_of_a_plan(tiny_bank_path, plan_path):
         ("expert0", "expert1"), (), {"@misc": "spacy_sam.Mean.v1", "scale": 0.5}
     )
     assert make_merged(plan=plan_path, task_model=2, **where).task_model.experts == ("expert2",)
+    as_in_a_config: Any = 2.0
+    assert make_merged(plan=plan_path, task_model=as_in_a_config, **where).task_model.experts == ("expert2",)
+        "expert2",
+    )  # as a config may say
 
 
 def test_llm_merge_in_a_config(settings, tiny_bank_path):
@@ -222,7 +239,7 @@ def test_llm_other_tasks_on_our_model(settings):
     engine = parts(nlp)[1].engine
     prompts = [f"Say: {text}" for text in TEXTS[:2]]
     one, two = (completion.text for completion in engine.complete(parts(nlp)[1].task_model, prompts))
-    assert [doc.user_data["said"] for doc in docs] == [one, "", two]
+    assert [doc.user_data["said"] for doc in docs] == [[one], [""], [two]]
     assert one != two
 
 
@@ -253,6 +270,7 @@ def test_llm_prompt_too_long(settings):
         ({"bank": "nowhere"}, "S101"),
         ({"task_model": 0}, "S205"),
         ({"task_model": 3}, "S205"),
+        ({"task_model": -1}, "S205"),
         ({"max_new_tokens": 0}, "S205"),
     ],
 )

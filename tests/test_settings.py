@@ -133,11 +133,11 @@ def test_labels_by_default_are_those_that_experts_share(bank_copy):
 
 def test_labels_that_leave_no_room(make_parts):
     nlp, sam, bank = make_parts(labels=["word " * 15])  # 24 tokens of the prompt
-    sam.make_engine = FakeEngineMaker(context=55)
+    sam.parts.make_engine = FakeEngineMaker(context=55)
     with raises("S204"):
         sam(nlp.make_doc("Anna"), plan=plan_of(bank, "expert0"))
     nlp, sam, bank = make_parts(labels=["word " * 15])
-    sam.make_engine = FakeEngineMaker(context=56)
+    sam.parts.make_engine = FakeEngineMaker(context=56)
     long = "Anna saw one more . " * 30
     assert ents(sam(nlp.make_doc(long), plan=plan_of(bank, "expert0"))) == names_in(long, labels=sam.labels)
     assert max(len(r.text.split()) for r in engines_of(sam)[0].requests) <= 16
@@ -197,6 +197,7 @@ def test_settings_out_of_range(make_parts, setting, values):
         {"strategy": {"@misc": "spacy_sam.SaM.v1", "n_experts": "3"}},
         {"strategy": {"@misc": "spacy_sam.SaM.v1", "n_experts": 0}},
         {"strategy": {"@misc": "spacy_sam.SaM.v1", "merge": {"@misc": "spacy_sam.TIES.v1", "density": "0.2"}}},
+        {"strategy": {"@misc": "spacy_sam.SaM.v1", "merge": {"@misc": "spacy_sam.Mean.v1", "scale": "1"}}},
         {"strategy": {"@misc": "spacy_sam.SaM.v1", "selectors": {"sampling": {"sample_size": "10"}}}},
         {"strategy": None},
         {"engine": "cpu"},
@@ -214,10 +215,10 @@ def test_settings_that_spacy_cannot_use(config):
 
 def test_settings_default_selector_can_be_left_out():
     sam = spacy.blank("en").add_pipe("sam_ner", config={"strategy": {"selectors": {"similarity": None}}})
-    assert [selector.name for selector in sam.strategy.selectors] == ["sampling_evaluation"]
+    assert [selector.name for selector in sam.parts.strategy.selectors] == ["sampling_evaluation"]
     sam = spacy.blank("en").add_pipe("sam_ner", config={"strategy": {"@misc": "spacy_sam.SaM.v1", "n_experts": 2}})
-    assert [selector.name for selector in sam.strategy.selectors] == ["domain_similarity", "sampling_evaluation"]
-    assert sam.strategy.n_experts == 2
+    assert [selector.name for selector in sam.parts.strategy.selectors] == ["domain_similarity", "sampling_evaluation"]
+    assert sam.parts.strategy.n_experts == 2
 
 
 def test_settings_eco_strategy():
@@ -228,9 +229,9 @@ def test_settings_eco_strategy():
         "merge": {"@misc": "spacy_sam.Mean.v1"},
     }
     sam = spacy.blank("en").add_pipe("sam_ner", config={"strategy": config})
-    assert sam.strategy.name == "SaM-eco"
-    assert [selector.name for selector in sam.strategy.selectors] == ["domain_similarity"]
-    assert sam.strategy.merge.config["@misc"] == "spacy_sam.Mean.v1"
+    assert sam.parts.strategy.name == "SaM-eco"
+    assert [selector.name for selector in sam.parts.strategy.selectors] == ["domain_similarity"]
+    assert sam.parts.strategy.merge.config["@misc"] == "spacy_sam.Mean.v1"
 
 
 # Serialisation
@@ -254,7 +255,7 @@ def test_saved_pipeline_is_the_same(configured, tmp_path):
     nlp = spacy.load(tmp_path / "there")
     sam = nlp.get_pipe("sam_ner")
     assert state(sam) == state(configured.sam)
-    assert sam.bank_path == configured.sam.bank_path
+    assert sam.parts.bank_path == configured.sam.parts.bank_path
     assert engines_of(sam) == []
     assert [group(doc) for doc in nlp.pipe(TEXTS)] == [group(doc) for doc in configured.nlp.pipe(TEXTS)]
     assert len(engines_of(sam)) == 1
@@ -315,7 +316,7 @@ def test_pickled_component_is_the_same(configured):
     assert state(sam) == state(configured.sam)
     docs = [Doc(sam.vocab, words=text.split()) for text in TEXTS]
     assert [group(doc) for doc in sam.pipe(docs)] == [group(doc) for doc in configured.nlp.pipe(TEXTS)]
-    assert sam.make_engine.made[-1] is not engines_of(configured.sam)[-1]
+    assert sam.parts.make_engine.made[-1] is not engines_of(configured.sam)[-1]
 
 
 def test_evaluate(make_parts):

@@ -162,6 +162,9 @@ def test_windows_token_begun_before_a_window_counts():
 
 def test_windows_one_character_of_many_tokens_is_kept():
     assert cut("👩 👩", 2, 1, lambda text: [0, 0, 0, 0, 2, 2, 2, 2]) == ["👩", "👩"]
+    # No overlap where it would leave no room for the next character.
+    whole = Doc(NLP.vocab, words=["ab👩c"])
+    assert cut(whole, 3, 2, lambda text: [0, 1, 2, 2, 2, 3]) == ["ab", "👩", "c"]
 
 
 @pytest.mark.parametrize("starts", [[], [0], [5], numpy.asarray([0, 3, 3])])

@@ -73,7 +73,7 @@ def select_cli(
 
     with mendable():
         _, component = make_pipeline(bank, split(labels), engine=engine_on(device))
-        component.strategy = sam(make_ties(density, scale), n_experts)
+        component.parts.strategy = sam(make_ties(density, scale), n_experts)
         plan = component.select(read_all_texts(texts))
         for selection in plan.selections:
             msg.divider(selection.selector)

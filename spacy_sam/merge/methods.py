@@ -214,10 +214,15 @@ def _relative_weights(weights: Optional[Sequence[float]], vectors: Tensor) -> Li
 
 
 def _check_density(density: float) -> None:
-    if not 0 < density <= 1:
-        raise SamError("S401", name="density", expected="above 0 and at most 1", found=density)
+    if not (_is_number(density) and 0 < density <= 1):
+        raise SamError("S401", name="density", expected="above 0 and at most 1", found=repr(density))
 
 
 def _check_scale(scale: float) -> None:
-    if not (math.isfinite(scale) and scale > 0):
-        raise SamError("S401", name="scale", expected="a finite number above 0", found=scale)
+    if not (_is_number(scale) and math.isfinite(scale) and scale > 0):
+        raise SamError("S401", name="scale", expected="a finite number above 0", found=repr(scale))
+
+
+def _is_number(value: Any) -> bool:
+    """confection passes strings for numbers."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -157,7 +157,8 @@ class _Run:
         loss = self._fine_tune(model, tokenizer, datasets, run, seed, self.work / name)
         if self.state.is_main_process:
             folder = self.work / name / "adapter"
-            save_adapter(model, folder)
+            inside = Path(bank.base[0]).parent == bank.path
+            save_adapter(model, folder, f"../../{BASE_DIR}" if inside else bank.base[0])
             card = self._card(bank, name, role, datasets)
             bank.add(name, folder, replace(card, training={**run.model_dump(), "seed": seed, "loss": loss}))
             self.say(f"'{name}' is in the bank (mean training loss {loss:.3f})")
@@ -231,11 +232,14 @@ def save_base(model: Any, tokenizer: Any, folder: Path) -> None:
     staged.replace(folder)
 
 
-def save_adapter(model: Any, folder: Path) -> None:
-    """Write a PeftModel's adapter as bfloat16 safetensors."""
+def save_adapter(model: Any, folder: Path, base: str) -> None:
+    """Write a PeftModel's adapter as bfloat16 safetensors. Its config names `base`, and is the same in every process."""
     from safetensors.torch import load_file, save_file
 
-    model.save_pretrained(str(folder))
+    config = model.peft_config["default"]
+    config.base_model_name_or_path = base
+    config.target_modules = sorted(config.target_modules)
+    model.save_pretrained(str(folder), save_embedding_layers=False)  # else peft looks for the base on the hub
     path = folder / WEIGHTS_FILE
     tensors = {key: tensor.to(torch.bfloat16).contiguous() for key, tensor in load_file(path).items()}
     save_file(tensors, path, metadata={"format": "pt"})
