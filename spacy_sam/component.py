@@ -235,6 +235,7 @@ class SamNer(Pipe):
     def _prepare(self, plan: Optional[Plan]) -> Optional[Plan]:
         """Before any work: the process is fit for it, the bank can be opened, and the plan, given or loaded, is for it."""
         self._guard_process()
+        self.parts.open()
         if plan is not None:
             self.parts.check_plan(plan)
         elif self._plan is not None and self._plan is self._unchecked:

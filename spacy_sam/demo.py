@@ -38,8 +38,8 @@ MEDICINE = [
     "Insulin resistance precedes type 2 diabetes by many years.",
 ]
 CORPORA: Dict[str, Tuple[List[str], List[str]]] = {
-    "Politics": (["politician", "political party", "election", "country", "location"], POLITICS),
-    "Medicine": (["disease", "drug", "gene", "protein"], MEDICINE),
+    "Politics": (["person", "organization", "country", "city"], POLITICS),
+    "Medicine": (["disease", "chemical", "gene"], MEDICINE),
 }
 
 

@@ -42,6 +42,10 @@ class Parts:
             self._bank = ExpertBank(self.bank_path if self.bank_path is not None else bundled_bank_path())
         return self._bank
 
+    def open(self) -> None:
+        """Open the bank now, so that what is wrong with it is reported before any work."""
+        self._bank = self.bank
+
     @property
     def annotator(self) -> Annotator:
         """The engine with its model, loaded on first use."""

@@ -10,15 +10,14 @@ from spacy.tokens import Doc
 from .plan import Plan, Selection
 
 COLOURS = ("#8ecae6", "#ffd166", "#95d5b2")  # first task model, second, found by both
-ENTITY = """
-<mark class="entity" title="{title}" style="background: {bg}">{text}<span class="label">{label}</span></mark>
-"""
+ENTITY = '<mark class="entity" title="{title}" style="background: {bg}">{text}<span class="label">{label}</span></mark>'
 STYLE = """
 :root { color-scheme: light dark; --line: #8884; --bar: #457b9d; }
 body { font: 16px/1.6 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
 table { border-collapse: collapse; margin: .5rem 0 1.5rem; } th, td { text-align: left; padding: .2rem .8rem .2rem 0; }
 .bar { background: var(--bar); height: .7rem; border-radius: 2px; } .chosen td { font-weight: 600; }
 .entities { border-top: 1px solid var(--line); padding: .8rem 0; line-height: 2.2; }
+.entity { box-decoration-break: clone; -webkit-box-decoration-break: clone; }
 .entity { color: #111; padding: .2rem .4rem; border-radius: .3rem; }
 .key { padding: .1rem .6rem; border-radius: .3rem; color: #111; }
 .label { font-size: .7em; font-weight: 600; margin-left: .4rem; text-transform: uppercase; }

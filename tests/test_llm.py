@@ -221,8 +221,6 @@ def test_llm_experts_instead_of_a_plan(tiny_bank_path, plan_path):
     assert make_merged(plan=plan_path, task_model=2, **where).task_model.experts == ("expert2",)
     as_in_a_config: Any = 2.0
     assert make_merged(plan=plan_path, task_model=as_in_a_config, **where).task_model.experts == ("expert2",)
-        "expert2",
-    )  # as a config may say
 
 
 def test_llm_merge_in_a_config(settings, tiny_bank_path):

@@ -272,7 +272,7 @@ def test_train_other_seed_other_bank(config, whole, tmp_path):
     assert bank["cooking"].training["seed"] != whole["cooking"].training["seed"]
 
 
-@pytest.mark.parametrize("last_step", range(1, BASE_STEPS + 2 * EXPERT_STEPS + UNIFIED_STEPS + 1))
+@pytest.mark.parametrize("last_step", [1, 3, 6, 7, 10, BASE_STEPS + 2 * EXPERT_STEPS + UNIFIED_STEPS])
 def test_train_goes_on_after_a_stop(config, whole, tmp_path, monkeypatch, last_step):
     """Stopped after any step, with a checkpoint at every second one, and continued: the same bank, bit for bit."""
     stopped = [False]
@@ -312,12 +312,10 @@ def test_train_goes_on_after_a_stop_while_saving(config, whole, tmp_path, monkey
         original(self, *args, **kwargs)
 
     monkeypatch.setattr(Trainer, at, save)
-    on_steps(monkeypatch, lambda step, state, control: setattr(control, "should_save", True))
+    often = config.model_copy(update={"save_minutes": 1e-9})
     with pytest.raises(Killed):
-        train(config, tmp_path / "bank")
-    bank = train(config, tmp_path / "bank")
-    found, expected = hashes(bank.path), hashes(whole.path)
-    assert {name for name in found if found[name] != expected[name]} == set()
+        train(often, tmp_path / "bank")
+    assert hashes(train(config, tmp_path / "bank").path) == hashes(whole.path)
 
 
 def test_train_finished_parts_are_kept(config, whole, tmp_path, monkeypatch):
@@ -413,7 +411,7 @@ def test_train_overfits_one_batch(examples, tmp_path):
     loss = sft.fine_tune(model, tokenizer, [examples] * 30, tmp_path / "work", settings, progress=False)
     with torch.no_grad():
         after = model(**sft.Collator(tokenizer.pad_token_id)([examples])).loss.item()
-    assert after < loss / 2
+    assert after < 2 < loss < np.log(len(tokenizer))
     state = json.loads((tmp_path / "work" / "checkpoint-30" / "trainer_state.json").read_text(encoding="utf8"))
     logged = [(entry["step"], entry["loss"]) for entry in state["log_history"] if "loss" in entry]
     assert [step for step, _ in logged] == [20, 30]
