@@ -116,7 +116,7 @@ class SamNer(Pipe):
     @plan.setter
     def plan(self, plan: Optional[Plan]) -> None:
         if plan is not None:
-            self.parts.check_plan(plan)
+            self.parts.bank.check_plan(plan)
         self._plan = plan
 
     def reset(self) -> None:
@@ -237,9 +237,9 @@ class SamNer(Pipe):
         self._guard_process()
         self.parts.open()
         if plan is not None:
-            self.parts.check_plan(plan)
+            self.parts.bank.check_plan(plan)
         elif self._plan is not None and self._plan is self._unchecked:
-            self.parts.check_plan(self._plan)
+            self.parts.bank.check_plan(self._plan)
             self._unchecked = None
         return plan
 

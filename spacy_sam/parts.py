@@ -94,14 +94,6 @@ class Parts:
         logger.info("Plan %s from %d texts\n%s", plan.fingerprint, len(sample), plan)
         return plan
 
-    def check_plan(self, plan: Plan) -> None:
-        """RAISES: SamError S112 or S116 if the plan is for another bank, or for other versions of its experts."""
-        if plan.base_hash != self.bank.base_hash:
-            raise SamError("S112", found=plan.base_hash, expected=self.bank.base_hash)
-        for name, known in plan.adapter_hashes.items():
-            if self.bank.adapter_hash(name) != known:
-                raise SamError("S116", name=name)
-
     def shared_types(self) -> List[str]:
         """The types that at least two experts of the bank know, sorted. RAISES: SamError S202 if there are none."""
         counts: Dict[str, int] = {}

@@ -69,19 +69,12 @@ def test_bundled_selects_by_domain_and_finds_entities():
 
 
 def test_bundled_is_in_the_wheel(tmp_path):
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "--quiet",
-        "--no-deps",
-        "--no-build-isolation",
-        "-w",
-        tmp_path,
-        ROOT,
-    ]
-    subprocess.run([str(part) for part in command], check=True, capture_output=True)
+    source = tmp_path / "source"
+    shutil.copytree(ROOT / "spacy_sam", source / "spacy_sam", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    options = ["--quiet", "--no-deps", "--no-build-isolation", "-w", str(tmp_path)]
+    subprocess.run([sys.executable, "-m", "pip", "wheel", *options, str(source)], check=True, capture_output=True)
     (wheel,) = tmp_path.glob("spacy_sam-*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
     here = bundled_bank_path()

@@ -468,7 +468,6 @@ def test_train_config_lists_all_problems(tmp_path):
         (CONFIG.replace("[lora]", "[lora"), "lora"),
         (CONFIG.replace("${paths.data}", "${paths.nothing}"), "nothing"),
         (CONFIG.replace("[expert_training]", "[expert]"), "expert_training"),
-        ("[base]\nkind = random\n", "kind"),
         ("", "base"),
     ],
 )

@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, Tuple
 
 from ..bank import ExpertBank
-from ..errors import SamError
 from ..plan import Plan, TaskModelSpec
 from ..quiet import quiet_loading
 from .materialise import WeightSwitch
@@ -22,12 +21,11 @@ def write_task_models(
         plan as `plan.json`.
     resolve (Callable): Makes the merge method of a task model's config block.
     YIELDS (Tuple[Path, TaskModelSpec]): Each folder when it is written.
-    RAISES: SamError S112 if the plan is another bank's.
+    RAISES: SamError S108, S112 or S116 if the plan is for another bank, or for other versions of its experts.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    if plan.base_hash != bank.base_hash:
-        raise SamError("S112", found=plan.base_hash, expected=bank.base_hash)
+    bank.check_plan(plan)
     source, revision = bank.base
     with quiet_loading():
         model = AutoModelForCausalLM.from_pretrained(source, revision=revision, dtype="auto")
