@@ -34,17 +34,17 @@ def bank_copy(tiny_bank_path: Path, tmp_path: Path) -> ExpertBank:
 
 
 @pytest.fixture
-def make_parts(tiny_bank_path: Path) -> Callable[..., Any]:
-    """Makes a pipeline on the tiny bank with a fake engine and a fake strategy; see `pipelines.Parts`."""
-    from pipelines import Parts, make_nlp
+def make_case(tiny_bank_path: Path) -> Callable[..., Any]:
+    """Makes a pipeline on the tiny bank with a fake engine and a fake strategy; see `pipelines.Case`."""
+    from pipelines import Case, make_nlp
 
     bank = ExpertBank(tiny_bank_path)
-    return lambda **config: Parts(*make_nlp(bank, **config), bank)
+    return lambda **config: Case(*make_nlp(bank, **config), bank)
 
 
 @pytest.fixture(scope="session")
 def remembering_bank(tmp_path_factory: pytest.TempPathFactory) -> ExpertBank:
     """A bank whose base knows the answers to a few texts, built once: do not change it."""
-    from fakes import make_remembering_bank
+    from remembering import make_remembering_bank
 
     return make_remembering_bank(tmp_path_factory.mktemp("remembering") / "bank")

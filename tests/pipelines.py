@@ -27,7 +27,7 @@ def make_nlp(bank: Any, **config: Any) -> Tuple[Language, SamNer]:
     return nlp, sam
 
 
-class Parts(NamedTuple):
+class Case(NamedTuple):
     """A pipeline, its component and its bank."""
 
     nlp: Language

@@ -11,9 +11,10 @@ from typing import Any, Dict, Iterable, Iterator, List, Optional, Sequence, Tupl
 import numpy as np
 import pytest
 import spacy
-from fakes import REMEMBERED, REMEMBERED_LABELS, Answer, FakeEngine, FakeEngineMaker, FakeStrategy, complete, plan_of
+from fakes import Answer, FakeEngine, FakeEngineMaker, FakeStrategy, complete, plan_of
 from helpers import make_tiny_bank
-from pipelines import FAKES, LABELS, TEXTS, Parts, engines_of, ents, group, make_nlp, names_in, raises
+from pipelines import FAKES, LABELS, TEXTS, Case, engines_of, ents, group, make_nlp, names_in, raises
+from remembering import REMEMBERED, REMEMBERED_LABELS
 from spacy.language import Language
 from spacy.tokens import Doc, Span
 
@@ -26,8 +27,8 @@ from spacy_sam.select.encoder import SentenceEncoder
 # Annotations
 
 
-def test_component_writes_entities_and_spans(make_parts):
-    nlp, _, bank = make_parts()
+def test_component_writes_entities_and_spans(make_case):
+    nlp, _, bank = make_case()
     plan = plan_of(bank, "expert1", "expert2")
     text = "Anna , Bella and Cora know Anna ."
     doc = nlp(text, component_cfg={"sam_ner": {"plan": plan}})
@@ -40,8 +41,8 @@ def test_component_writes_entities_and_spans(make_parts):
     assert doc.has_annotation("ENT_IOB")
 
 
-def test_component_keeps_texts_and_docs(make_parts):
-    nlp = make_parts(batch_size=2).nlp
+def test_component_keeps_texts_and_docs(make_case):
+    nlp = make_case(batch_size=2).nlp
     texts = ["  Anna\n\nBella\t", "Nobody\u3000here", "\n", "Cora's", "(Dan)", "mid-Emil", "naïve Zoë\u0301"]
     docs = [nlp.make_doc(text) for text in texts]
     out = list(nlp.pipe(docs))
@@ -53,8 +54,8 @@ def test_component_keeps_texts_and_docs(make_parts):
     assert nlp(doc) is doc
 
 
-def test_component_widens_to_whole_tokens(make_parts):
-    nlp, sam, bank = make_parts()
+def test_component_widens_to_whole_tokens(make_case):
+    nlp, sam, bank = make_case()
     plan = plan_of(bank, "expert0")
     doc = sam(Doc(nlp.vocab, words=["the", "xAnna-y", "z"]), plan=plan)
     assert ents(doc) == []  # NAME needs a word boundary, and so does the alignment
@@ -64,8 +65,8 @@ def test_component_widens_to_whole_tokens(make_parts):
 
 @pytest.mark.parametrize("overlap", [0, 1, 7])
 @pytest.mark.parametrize("place", [0, 9_000, 19_900])
-def test_component_long_document(make_parts, overlap, place):
-    nlp, sam, bank = make_parts(window_size=16, window_overlap=overlap)
+def test_component_long_document(make_case, overlap, place):
+    nlp, sam, bank = make_case(window_size=16, window_overlap=overlap)
     filler = "word , more words and a break\n"
     text = filler * (place // len(filler)) + "Here Zanzibar is . " + filler * ((20_000 - place) // len(filler))
     (doc,) = nlp.pipe([text], component_cfg={"sam_ner": {"plan": plan_of(bank, "expert0")}})
@@ -75,8 +76,8 @@ def test_component_long_document(make_parts, overlap, place):
     assert max(len(engine.token_starts(request.text)) for request in engine.requests) <= 16
 
 
-def test_component_sentences_are_windows(make_parts):
-    nlp, sam, bank = make_parts(window_size=16, window_overlap=0)
+def test_component_sentences_are_windows(make_case):
+    nlp, sam, bank = make_case(window_size=16, window_overlap=0)
     doc = nlp.make_doc(" ".join(f"Anna saw number {n} again ." for n in range(20)))
     for token in doc:
         token.is_sent_start = token.text == "Anna"
@@ -85,8 +86,8 @@ def test_component_sentences_are_windows(make_parts):
     assert all(request.text.endswith(".") for request in engines_of(sam)[0].requests)
 
 
-def test_component_document_of_a_megabyte(make_parts):
-    nlp, sam, bank = make_parts()
+def test_component_document_of_a_megabyte(make_case):
+    nlp, sam, bank = make_case()
     words = ["Anna" if n % 50 == 7 else "word" for n in range(200_000)]
     words[-1] = "Zanzibar"
     doc = Doc(nlp.vocab, words=words)
@@ -99,7 +100,7 @@ def test_component_document_of_a_megabyte(make_parts):
     assert doc.text == text
 
 
-def test_component_overlapping_candidates(make_parts):
+def test_component_overlapping_candidates(make_case):
     """More task models win over fewer, then the score does; all candidates are in the spans."""
 
     def find(request: Request) -> List[Answer]:
@@ -110,29 +111,27 @@ def test_component_overlapping_candidates(make_parts):
             "expert2": [("Rome", "place", 0.2), ("City", "person", 0.4)],
         }[name]
 
-    parts = make_parts()
+    case = make_case()
     sam = SamNer(
-        parts.nlp.vocab, bank=parts.bank.path, labels=LABELS, strategy=FakeStrategy(), engine=FakeEngineMaker(find)
+        case.nlp.vocab, bank=case.bank.path, labels=LABELS, strategy=FakeStrategy(), engine=FakeEngineMaker(find)
     )
-    doc = sam(
-        parts.nlp.make_doc("Anna Bell in New Rome City"), plan=plan_of(parts.bank, "expert0", "expert1", "expert2")
-    )
+    doc = sam(case.nlp.make_doc("Anna Bell in New Rome City"), plan=plan_of(case.bank, "expert0", "expert1", "expert2"))
     assert [span.text for span in doc.spans["sc"]] == ["Anna", "Anna Bell", "New Rome City", "Rome", "City"]
     assert doc.spans["sc"].attrs["scores"] == pytest.approx([0.8, 0.3, 0.9, 0.2, 0.4])
     assert doc.spans["sc"].attrs["sources"] == [[1], [0], [0], [1, 2], [2]]
     assert [ent.text for ent in doc.ents] == ["Anna", "Rome", "City"]
 
 
-def test_component_one_place_with_two_labels(make_parts):
-    parts = make_parts()
+def test_component_one_place_with_two_labels(make_case):
+    case = make_case()
 
     def find(request: Request) -> List[Answer]:
         return [("Rome", "person" if request.task_model.experts == ("expert0",) else "place", 0.5)]
 
     sam = SamNer(
-        parts.nlp.vocab, bank=parts.bank.path, labels=LABELS, strategy=FakeStrategy(), engine=FakeEngineMaker(find)
+        case.nlp.vocab, bank=case.bank.path, labels=LABELS, strategy=FakeStrategy(), engine=FakeEngineMaker(find)
     )
-    doc = sam(parts.nlp.make_doc("In Rome ."), plan=plan_of(parts.bank, "expert0", "expert1"))
+    doc = sam(case.nlp.make_doc("In Rome ."), plan=plan_of(case.bank, "expert0", "expert1"))
     assert group(doc) == [(3, 7, "person"), (3, 7, "place")]
     assert ents(doc) == [(3, 7, "person")]
 
@@ -146,21 +145,21 @@ class OneAnswer(FakeEngine):
         return [self.completion for _ in requests]
 
 
-def test_component_counts_what_it_leaves_out(make_parts):
-    parts = make_parts()
+def test_component_counts_what_it_leaves_out(make_case):
+    case = make_case()
     whole = complete([("Anna", "person", 0.5), ("Xerxes", "person", 0.5), ("Bo", "animal", 0.5), ("Bo", "place", 0.5)])
     cut = Completion(whole.text[:-4], whole.logprobs, whole.ends, False)
     text = "Anna and Bo"
     for completion, expected in ((whole, ["Anna", "Bo"]), (cut, ["Anna"])):
         engine = OneAnswer(completion)
         sam = SamNer(
-            parts.nlp.vocab,
-            bank=parts.bank.path,
+            case.nlp.vocab,
+            bank=case.bank.path,
             labels=LABELS,
             strategy=FakeStrategy(),
             engine=lambda bank, e=engine: e,
         )
-        doc = sam(parts.nlp.make_doc(text), plan=plan_of(parts.bank, "expert0"))
+        doc = sam(case.nlp.make_doc(text), plan=plan_of(case.bank, "expert0"))
         assert [ent.text for ent in doc.ents] == expected
         counts = sam.parts.annotator.counts
         assert (counts.windows, counts.dropped, counts.malformed) == (1, 1, 1)
@@ -169,27 +168,27 @@ def test_component_counts_what_it_leaves_out(make_parts):
 
 
 @pytest.mark.parametrize(("threshold", "expected"), [(0.0, 4), (0.19, 3), (0.21, 2), (1, 0)])
-def test_component_threshold(make_parts, threshold, expected):
-    nlp, sam, bank = make_parts(threshold=threshold)
+def test_component_threshold(make_case, threshold, expected):
+    nlp, sam, bank = make_case(threshold=threshold)
     doc = sam(nlp.make_doc("Bo Anna Bella Zanzibar"), plan=plan_of(bank, "expert0"))  # 1/2, 1/4, 1/5 and 1/8
     assert len(doc.ents) == len(doc.spans["sc"]) == len(doc.spans["sc"].attrs["scores"]) == expected
 
 
-def test_component_threshold_itself_is_enough(make_parts):
-    nlp, sam, bank = make_parts(threshold=1)
+def test_component_threshold_itself_is_enough(make_case):
+    nlp, sam, bank = make_case(threshold=1)
     sam.parts.make_engine = lambda _: OneAnswer(complete([("Anna", "person", 1.0), ("Bella", "person", 0.999)]))
     assert [ent.text for ent in sam(nlp.make_doc("Anna Bella"), plan=plan_of(bank, "expert0")).ents] == ["Anna"]
 
 
-def test_component_no_spans(make_parts):
-    nlp, sam, bank = make_parts(spans_key=None)
+def test_component_no_spans(make_case):
+    nlp, sam, bank = make_case(spans_key=None)
     doc = sam(nlp.make_doc(TEXTS[0]), plan=plan_of(bank, "expert0"))
     assert len(doc.spans) == 0
     assert ents(doc) == names_in(TEXTS[0])
 
 
-def test_component_other_spans_key_and_no_entities(make_parts):
-    nlp, sam, bank = make_parts(spans_key="mine", annotate_ents=False)
+def test_component_other_spans_key_and_no_entities(make_case):
+    nlp, sam, bank = make_case(spans_key="mine", annotate_ents=False)
     doc = nlp.make_doc(TEXTS[0])
     doc.set_ents([Span(doc, 0, 1, "OLD")])
     sam(doc, plan=plan_of(bank, "expert0"))
@@ -207,16 +206,16 @@ def doc_with_entity(nlp: Language) -> Doc:
     return doc
 
 
-def test_component_existing_entities_are_kept(make_parts):
-    nlp, sam, bank = make_parts()
+def test_component_existing_entities_are_kept(make_case):
+    nlp, sam, bank = make_case()
     doc = sam(doc_with_entity(nlp), plan=plan_of(bank, "expert0"))
     assert [(ent.text, ent.label_) for ent in doc.ents] == [("Anna Bell", "OLD"), ("Carl", "person")]
     assert (doc.ents[0].kb_id_, doc.ents[0].id_) == ("Q1", "id1")
     assert group(doc) == names_in(doc.text)
 
 
-def test_component_existing_entities_are_overwritten(make_parts):
-    nlp, sam, bank = make_parts(overwrite=True)
+def test_component_existing_entities_are_overwritten(make_case):
+    nlp, sam, bank = make_case(overwrite=True)
     doc = nlp.make_doc("Anna Bell met Carl the Old")
     doc.set_ents([Span(doc, 0, 2, "OLD"), Span(doc, 4, 5, "OLD")])
     sam(doc, plan=plan_of(bank, "expert0"))
@@ -234,8 +233,8 @@ def make_last_ent_filter() -> Any:
     return lambda existing, new: [*list(existing)[:1], *list(new)[-1:]]
 
 
-def test_component_own_filter_decides(make_parts):
-    nlp, sam, bank = make_parts(ents_filter={"@misc": "sam_tests.last_ent_filter.v1"}, overwrite=True)
+def test_component_own_filter_decides(make_case):
+    nlp, sam, bank = make_case(ents_filter={"@misc": "sam_tests.last_ent_filter.v1"}, overwrite=True)
     doc = nlp.make_doc("Anna Bell met Carl and Dan")
     doc.set_ents([Span(doc, 0, 2, "OLD")])
     sam(doc, plan=plan_of(bank, "expert0"))
@@ -243,8 +242,8 @@ def test_component_own_filter_decides(make_parts):
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_component_existing_spans(make_parts, overwrite):
-    nlp, sam, bank = make_parts(overwrite=overwrite)
+def test_component_existing_spans(make_case, overwrite):
+    nlp, sam, bank = make_case(overwrite=overwrite)
     doc = nlp.make_doc("Anna met Carl")
     doc.spans["sc"] = [Span(doc, 1, 2, "verb"), Span(doc, 0, 1, "person")]
     doc.spans["sc"].attrs["scores"] = np.array([0.7, 0.6])
@@ -259,16 +258,16 @@ def test_component_existing_spans(make_parts, overwrite):
     json.dumps(attrs)
 
 
-def test_component_twice_is_as_once(make_parts):
-    nlp, sam, bank = make_parts()
+def test_component_twice_is_as_once(make_case):
+    nlp, sam, bank = make_case()
     doc = nlp.make_doc(TEXTS[0])
     for _ in range(2):
         sam(doc, plan=plan_of(bank, "expert0"))
         assert ents(doc) == group(doc) == names_in(TEXTS[0])
 
 
-def test_component_two_in_one_pipeline(make_parts):
-    nlp, _, bank = make_parts()
+def test_component_two_in_one_pipeline(make_case):
+    nlp, _, bank = make_case()
     other = nlp.add_pipe(
         "sam_ner", name="other", config={"bank": str(bank.path), "labels": ["thing"], "spans_key": "other", **FAKES}
     )
@@ -284,8 +283,8 @@ def test_component_two_in_one_pipeline(make_parts):
 # Streams
 
 
-def test_pipe_is_the_same_as_one_by_one(make_parts):
-    nlp, sam, bank = make_parts(batch_size=3, selection="manual")
+def test_pipe_is_the_same_as_one_by_one(make_case):
+    nlp, sam, bank = make_case(batch_size=3, selection="manual")
     sam.plan = plan_of(bank, "expert1")
     docs = list(nlp.pipe(TEXTS))
     assert [ents(doc) for doc in docs] == [names_in(text, 1) for text in TEXTS]
@@ -293,57 +292,57 @@ def test_pipe_is_the_same_as_one_by_one(make_parts):
     assert [len(call) for call in engines_of(sam)[0].calls][:2] == [3, 2]
 
 
-def test_pipe_as_tuples(make_parts):
-    nlp = make_parts(look_ahead=2, batch_size=2).nlp
+def test_pipe_as_tuples(make_case):
+    nlp = make_case(look_ahead=2, batch_size=2).nlp
     out = list(nlp.pipe(((text, {"id": n}) for n, text in enumerate(TEXTS)), as_tuples=True))
     assert [context["id"] for _, context in out] == list(range(len(TEXTS)))
     assert [doc.text for doc, _ in out] == TEXTS
 
 
-def test_pipe_empty_stream(make_parts):
-    nlp, sam, _ = make_parts()
+def test_pipe_empty_stream(make_case):
+    nlp, sam, _ = make_case()
     assert list(nlp.pipe([])) == []
     assert sam.plan is None
     assert engines_of(sam) == []
 
 
 @pytest.mark.parametrize("look_ahead", [1, 3, 5, 100])
-def test_pipe_selects_on_the_head(make_parts, look_ahead):
-    parts = make_parts(look_ahead=look_ahead)
-    docs = list(parts.nlp.pipe(TEXTS))
-    assert parts.samples == [tuple(TEXTS[:look_ahead])]
+def test_pipe_selects_on_the_head(make_case, look_ahead):
+    case = make_case(look_ahead=look_ahead)
+    docs = list(case.nlp.pipe(TEXTS))
+    assert case.samples == [tuple(TEXTS[:look_ahead])]
     assert [ents(doc) for doc in docs] == [names_in(text) for text in TEXTS]
-    assert parts.sam.plan == plan_of(parts.bank, "expert0")
-    assert {doc.spans["sc"].attrs["plan"] for doc in docs} == {parts.sam.plan.fingerprint}
+    assert case.sam.plan == plan_of(case.bank, "expert0")
+    assert {doc.spans["sc"].attrs["plan"] for doc in docs} == {case.sam.plan.fingerprint}
 
 
-def test_pipe_blank_documents(make_parts):
-    parts = make_parts(look_ahead=4)
+def test_pipe_blank_documents(make_case):
+    case = make_case(look_ahead=4)
     texts = ["", " ", "Anna", "\n\t ", "", "Bella"]
-    docs = list(parts.nlp.pipe(texts))
+    docs = list(case.nlp.pipe(texts))
     assert [doc.text for doc in docs] == texts
-    assert parts.samples == [("Anna",)]
+    assert case.samples == [("Anna",)]
     assert [ents(doc) for doc in docs] == [names_in(text) for text in texts]
     assert [group(doc) for doc in docs] == [names_in(text) for text in texts]
     assert all(doc.has_annotation("ENT_IOB") for doc in docs if len(doc))
 
 
-def test_pipe_blank_head(make_parts):
-    parts = make_parts(look_ahead=3, batch_size=2, min_docs=1)
+def test_pipe_blank_head(make_case):
+    case = make_case(look_ahead=3, batch_size=2, min_docs=1)
     texts = ["", " ", "\n", "", "", "Anna", "Bella", "Cora"]
-    docs = list(parts.nlp.pipe(texts))
+    docs = list(case.nlp.pipe(texts))
     assert [doc.text for doc in docs] == texts
-    assert parts.samples == [("Anna",)]  # of the first batch with any text
+    assert case.samples == [("Anna",)]  # of the first batch with any text
     assert [group(doc) for doc in docs] == [names_in(text) for text in texts]
 
 
-def test_pipe_nothing_but_blanks(make_parts):
-    parts = make_parts()
-    docs = list(parts.nlp.pipe(["", " ", "\n"] * 50))
+def test_pipe_nothing_but_blanks(make_case):
+    case = make_case()
+    docs = list(case.nlp.pipe(["", " ", "\n"] * 50))
     assert len(docs) == 150
     assert all(len(doc.spans["sc"]) == 0 and doc.spans["sc"].attrs["plan"] is None for doc in docs)
-    assert parts.sam.plan is None
-    assert parts.engines == []
+    assert case.sam.plan is None
+    assert case.engines == []
 
 
 def endless(pulled: List[int]) -> Iterator[str]:
@@ -352,8 +351,8 @@ def endless(pulled: List[int]) -> Iterator[str]:
         yield TEXTS[number % len(TEXTS)]
 
 
-def test_pipe_endless_stream_is_pulled_in_bounds(make_parts):
-    nlp = make_parts(look_ahead=20, batch_size=8).nlp
+def test_pipe_endless_stream_is_pulled_in_bounds(make_case):
+    nlp = make_case(look_ahead=20, batch_size=8).nlp
     pulled: List[int] = []
     stream = nlp.pipe(endless(pulled))
     next(stream)
@@ -366,8 +365,8 @@ def test_pipe_endless_stream_is_pulled_in_bounds(make_parts):
     assert ents(nlp(TEXTS[0])) == names_in(TEXTS[0])
 
 
-def test_pipe_with_a_plan_looks_no_further_than_a_batch(make_parts):
-    nlp, sam, bank = make_parts(look_ahead=20, batch_size=8)
+def test_pipe_with_a_plan_looks_no_further_than_a_batch(make_case):
+    nlp, sam, bank = make_case(look_ahead=20, batch_size=8)
     pulled: List[int] = []
     stream = nlp.pipe(endless(pulled), component_cfg={"sam_ner": {"plan": plan_of(bank, "expert1")}})
     assert ents(next(stream)) == names_in(TEXTS[0], 1)
@@ -375,99 +374,99 @@ def test_pipe_with_a_plan_looks_no_further_than_a_batch(make_parts):
     assert sam.plan is None
 
 
-def test_pipe_closed_early(make_parts):
-    nlp = make_parts(batch_size=2).nlp
+def test_pipe_closed_early(make_case):
+    nlp = make_case(batch_size=2).nlp
     stream = nlp.pipe(TEXTS)
     next(stream)
     stream.close()  # type: ignore[attr-defined]
     assert [ents(doc) for doc in nlp.pipe(TEXTS)] == [names_in(text) for text in TEXTS]
 
 
-def test_pipe_interleaved_streams_keep_their_plans(make_parts):
-    parts = make_parts(batch_size=1, look_ahead=1, min_docs=1)
-    streams = [parts.nlp.pipe(TEXTS) for _ in range(3)]  # these select expert0, expert1 and expert2
-    given = plan_of(parts.bank, "expert1")
-    streams.append(parts.nlp.pipe(TEXTS, component_cfg={"sam_ner": {"plan": given}}))
+def test_pipe_interleaved_streams_keep_their_plans(make_case):
+    case = make_case(batch_size=1, look_ahead=1, min_docs=1)
+    streams = [case.nlp.pipe(TEXTS) for _ in range(3)]  # these select expert0, expert1 and expert2
+    given = plan_of(case.bank, "expert1")
+    streams.append(case.nlp.pipe(TEXTS, component_cfg={"sam_ner": {"plan": given}}))
     for text, *docs in zip(TEXTS, *streams, strict=True):
         assert [ents(doc) for doc in docs] == [names_in(text, number) for number in (0, 1, 2, 1)]
-    assert parts.sam.plan == plan_of(parts.bank, "expert2")
+    assert case.sam.plan == plan_of(case.bank, "expert2")
 
 
 # Plans
 
 
-def plans_of_streams(parts: Parts, *lengths: int) -> List[Optional[str]]:
+def plans_of_streams(case: Case, *lengths: int) -> List[Optional[str]]:
     """The expert of each stream's plan, of streams with these numbers of documents."""
     used = []
     for length in lengths:
-        docs = list(parts.nlp.pipe((TEXTS * length)[:length]))
+        docs = list(case.nlp.pipe((TEXTS * length)[:length]))
         (fingerprint,) = {doc.spans["sc"].attrs["plan"] for doc in docs}
-        assert parts.sam.plan is not None
-        assert fingerprint == parts.sam.plan.fingerprint
-        used.append(parts.sam.plan.task_models[0].name)
+        assert case.sam.plan is not None
+        assert fingerprint == case.sam.plan.fingerprint
+        used.append(case.sam.plan.task_models[0].name)
     return used
 
 
-def test_plan_stream_mode(make_parts):
-    parts = make_parts(min_docs=4)
-    assert plans_of_streams(parts, 4, 3, 4, 1, 5) == ["expert0", "expert0", "expert1", "expert1", "expert2"]
+def test_plan_stream_mode(make_case):
+    case = make_case(min_docs=4)
+    assert plans_of_streams(case, 4, 3, 4, 1, 5) == ["expert0", "expert0", "expert1", "expert1", "expert2"]
 
 
-def test_plan_stream_mode_short_first_stream(make_parts):
-    assert plans_of_streams(make_parts(min_docs=4), 1, 3, 4) == ["expert0", "expert0", "expert1"]
+def test_plan_stream_mode_short_first_stream(make_case):
+    assert plans_of_streams(make_case(min_docs=4), 1, 3, 4) == ["expert0", "expert0", "expert1"]
 
 
-def test_plan_once_mode(make_parts):
-    parts = make_parts(selection="once", min_docs=2)
-    assert plans_of_streams(parts, 4, 4, 1) == ["expert0"] * 3
-    parts.sam.reset()
-    assert parts.sam.plan is None
-    assert plans_of_streams(parts, 4, 4) == ["expert1"] * 2
+def test_plan_once_mode(make_case):
+    case = make_case(selection="once", min_docs=2)
+    assert plans_of_streams(case, 4, 4, 1) == ["expert0"] * 3
+    case.sam.reset()
+    assert case.sam.plan is None
+    assert plans_of_streams(case, 4, 4) == ["expert1"] * 2
 
 
-def test_plan_manual_mode(make_parts):
-    parts = make_parts(selection="manual", min_docs=1)
-    for call in (lambda: list(parts.nlp.pipe(TEXTS)), lambda: parts.nlp(TEXTS[0])):
+def test_plan_manual_mode(make_case):
+    case = make_case(selection="manual", min_docs=1)
+    for call in (lambda: list(case.nlp.pipe(TEXTS)), lambda: case.nlp(TEXTS[0])):
         with raises("S701"):
             call()
-    assert parts.engines == []
-    parts.sam.select(TEXTS)
-    assert plans_of_streams(parts, 5, 5) == ["expert0"] * 2
-    parts.sam.reset()
+    assert case.engines == []
+    case.sam.select(TEXTS)
+    assert plans_of_streams(case, 5, 5) == ["expert0"] * 2
+    case.sam.reset()
     with raises("S701"):
-        list(parts.nlp.pipe(TEXTS))
-    parts.sam.plan = plan_of(parts.bank, "expert2")
-    assert plans_of_streams(parts, 5) == ["expert2"]
+        list(case.nlp.pipe(TEXTS))
+    case.sam.plan = plan_of(case.bank, "expert2")
+    assert plans_of_streams(case, 5) == ["expert2"]
 
 
-def test_plan_from_select(make_parts):
-    parts = make_parts(look_ahead=3, selection="once")
-    docs = [parts.nlp.make_doc("Of a Doc"), "Of a text", "", "One too many"]
-    plan = parts.sam.select(iter(docs))
-    assert parts.samples == [("Of a Doc", "Of a text")]
-    assert parts.sam.plan is plan
-    assert plans_of_streams(parts, 20) == ["expert0"]
-    assert parts.sam.select(["Again"]) == plan_of(parts.bank, "expert1")
+def test_plan_from_select(make_case):
+    case = make_case(look_ahead=3, selection="once")
+    docs = [case.nlp.make_doc("Of a Doc"), "Of a text", "", "One too many"]
+    plan = case.sam.select(iter(docs))
+    assert case.samples == [("Of a Doc", "Of a text")]
+    assert case.sam.plan is plan
+    assert plans_of_streams(case, 20) == ["expert0"]
+    assert case.sam.select(["Again"]) == plan_of(case.bank, "expert1")
 
 
 @pytest.mark.parametrize("texts", [[], ["", " "]])
-def test_plan_from_nothing(make_parts, texts):
-    parts = make_parts()
-    parts.sam.plan = before = plan_of(parts.bank, "expert2")
+def test_plan_from_nothing(make_case, texts):
+    case = make_case()
+    case.sam.plan = before = plan_of(case.bank, "expert2")
     with raises("S302"):
-        parts.sam.select(texts)
-    assert parts.sam.plan is before
+        case.sam.select(texts)
+    assert case.sam.plan is before
 
 
-def test_plan_from_one_text_is_a_mistake(make_parts):
-    parts = make_parts()
-    for one in ("A whole text", parts.nlp.make_doc("A whole text")):
+def test_plan_from_one_text_is_a_mistake(make_case):
+    case = make_case()
+    for one in ("A whole text", case.nlp.make_doc("A whole text")):
         with raises("S205"):
-            parts.sam.select(one)
+            case.sam.select(one)
 
 
-def test_plan_for_one_call(make_parts):
-    nlp, sam, bank = make_parts(selection="manual")
+def test_plan_for_one_call(make_case):
+    nlp, sam, bank = make_case(selection="manual")
     sam.plan = own = plan_of(bank, "expert1")
     given = plan_of(bank, "expert2")
     text = "Bella and Cora"
@@ -478,29 +477,29 @@ def test_plan_for_one_call(make_parts):
     assert sam.plan is own
 
 
-def test_plan_of_the_base_alone(make_parts):
-    nlp, sam, bank = make_parts()
+def test_plan_of_the_base_alone(make_case):
+    nlp, sam, bank = make_case()
     doc = sam(nlp.make_doc("Bella"), plan=plan_of(bank, ()))
     assert ents(doc) == names_in("Bella")
 
 
-def refuse(parts: Parts, plan: Plan, code: str) -> None:
+def refuse(case: Case, plan: Plan, code: str) -> None:
     """The plan is refused wherever it is given, and nothing has changed then."""
     with raises(code):
-        parts.sam.plan = plan
+        case.sam.plan = plan
     with raises(code):
-        parts.sam(parts.nlp.make_doc("Anna"), plan=plan)
+        case.sam(case.nlp.make_doc("Anna"), plan=plan)
     pulled: List[int] = []
     with raises(code):
-        next(iter(parts.nlp.pipe(endless(pulled), component_cfg={"sam_ner": {"plan": plan}})))
+        next(iter(case.nlp.pipe(endless(pulled), component_cfg={"sam_ner": {"plan": plan}})))
     assert pulled == []
-    assert parts.sam.plan is None
-    assert parts.engines == []
+    assert case.sam.plan is None
+    assert case.engines == []
 
 
-def test_plan_of_another_bank(make_parts):
-    parts = make_parts()
-    refuse(parts, Plan("another", plan_of(parts.bank, "expert0").task_models), "S112")
+def test_plan_of_another_bank(make_case):
+    case = make_case()
+    refuse(case, Plan("another", plan_of(case.bank, "expert0").task_models), "S112")
 
 
 def change_expert(bank: ExpertBank) -> None:
@@ -510,18 +509,18 @@ def change_expert(bank: ExpertBank) -> None:
 
 
 def test_plan_of_a_changed_expert(bank_copy):
-    parts = Parts(*make_nlp(bank_copy), bank_copy)
+    case = Case(*make_nlp(bank_copy), bank_copy)
     plan = plan_of(bank_copy, ("expert0", "expert2"))
     change_expert(bank_copy)
-    refuse(parts, plan, "S116")
-    parts.sam.plan = plan_of(bank_copy, "expert1")
-    assert ents(parts.nlp("Bella Cora")) == names_in("Bella Cora", 1)
+    refuse(case, plan, "S116")
+    case.sam.plan = plan_of(bank_copy, "expert1")
+    assert ents(case.nlp("Bella Cora")) == names_in("Bella Cora", 1)
 
 
 def test_plan_of_a_removed_expert(bank_copy):
     plan = plan_of(bank_copy, "expert0")
     bank_copy.remove("expert0")
-    refuse(Parts(*make_nlp(bank_copy), bank_copy), plan, "S108")
+    refuse(Case(*make_nlp(bank_copy), bank_copy), plan, "S108")
 
 
 @pytest.mark.parametrize(("code", "damage"), [("S116", change_expert), ("S108", lambda bank: bank.remove("expert0"))])
@@ -541,20 +540,20 @@ def test_plan_that_was_saved_is_checked(bank_copy, tmp_path, code, damage):
     assert len(list(loaded.pipe(TEXTS))) == len(TEXTS)
 
 
-def test_single_document_without_a_plan(make_parts):
-    parts = make_parts()
+def test_single_document_without_a_plan(make_case):
+    case = make_case()
     for text in ("", " \n"):
-        doc = parts.nlp(text)
+        doc = case.nlp(text)
         assert group(doc) == ents(doc) == []
-    assert parts.samples == []
+    assert case.samples == []
     with pytest.warns(UserWarning, match="one document alone"):
-        doc = parts.nlp(TEXTS[0])
+        doc = case.nlp(TEXTS[0])
     assert ents(doc) == names_in(TEXTS[0])
-    assert parts.samples == [(TEXTS[0],)]
-    assert ents(parts.nlp(TEXTS[1])) == names_in(TEXTS[1])  # a second warning would be an error here
-    parts.sam.reset()
-    assert ents(parts.nlp("Bella Cora")) == names_in("Bella Cora", 1)
-    assert len(parts.samples) == 2
+    assert case.samples == [(TEXTS[0],)]
+    assert ents(case.nlp(TEXTS[1])) == names_in(TEXTS[1])  # a second warning would be an error here
+    case.sam.reset()
+    assert ents(case.nlp("Bella Cora")) == names_in("Bella Cora", 1)
+    assert len(case.samples) == 2
 
 
 # Failures
@@ -571,8 +570,8 @@ class Ignore:
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 8, 64])
-def test_failing_document_is_the_only_one_lost(make_parts, batch_size):
-    nlp, sam, bank = make_parts(batch_size=batch_size)
+def test_failing_document_is_the_only_one_lost(make_case, batch_size):
+    nlp, sam, bank = make_case(batch_size=batch_size)
     sam.plan = plan_of(bank, "expert0")
     handler = Ignore()
     nlp.set_error_handler(handler)
@@ -584,8 +583,8 @@ def test_failing_document_is_the_only_one_lost(make_parts, batch_size):
     assert handler.got == [("sam_ner", [texts[n]], "RuntimeError") for n in (3, 7)]
 
 
-def test_failing_document_raises_by_default(make_parts):
-    nlp, sam, bank = make_parts(batch_size=3)
+def test_failing_document_raises_by_default(make_case):
+    nlp, sam, bank = make_case(batch_size=3)
     sam.plan = plan_of(bank, "expert0")
     out = []
     with pytest.raises(RuntimeError, match="fell over"):
@@ -595,8 +594,8 @@ def test_failing_document_raises_by_default(make_parts):
         nlp("BOOM")
 
 
-def test_failing_document_alone(make_parts):
-    nlp, sam, bank = make_parts()
+def test_failing_document_alone(make_case):
+    nlp, sam, bank = make_case()
     sam.plan = plan_of(bank, "expert0")
     handler = Ignore()
     sam.set_error_handler(handler)
@@ -606,9 +605,9 @@ def test_failing_document_alone(make_parts):
     assert handler.got == [("sam_ner", ["Anna BOOM"], "RuntimeError")]
 
 
-def test_failing_annotation_of_one_document(make_parts):
+def test_failing_annotation_of_one_document(make_case):
     """When writing fails, the documents before it in the batch are not written twice over."""
-    nlp, sam, bank = make_parts(batch_size=4)
+    nlp, sam, bank = make_case(batch_size=4)
     sam.plan = plan_of(bank, "expert0")
 
     def picky(existing: Iterable[Span], new: Iterable[Span]) -> List[Span]:
@@ -626,8 +625,8 @@ def test_failing_annotation_of_one_document(make_parts):
     assert [texts for _, texts, _ in handler.got] == [[TEXTS[1]]]
 
 
-def test_coded_errors_are_raised_and_not_handled(make_parts):
-    nlp, sam, bank = make_parts()
+def test_coded_errors_are_raised_and_not_handled(make_case):
+    nlp, sam, bank = make_case()
     sam.plan = plan_of(bank, "expert0")
     handler = Ignore()
     nlp.set_error_handler(handler)

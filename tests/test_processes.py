@@ -20,7 +20,7 @@ TIMEOUT = 240
 SCRIPT = """
 import json, multiprocessing, sys, warnings
 import spacy, torch
-from fakes import REMEMBERED, plan_of
+from fakes import plan_of
 from spacy_sam.bank import ExpertBank
 
 FAKES = {"engine": {"@misc": "sam_tests.FakeEngine.v1"}, "strategy": {"@misc": "sam_tests.FakeStrategy.v1"}}
@@ -43,6 +43,8 @@ def ignore(name, component, docs, error):
 
 def fork(bank):
     "A real engine, used in the parent with several torch threads: the workers must not wait for those."
+    from remembering import REMEMBERED
+
     torch.set_num_threads(2)
     nlp, sam = make_nlp(
         bank,

@@ -9,7 +9,7 @@ from typing import Any, Tuple
 import pytest
 import spacy
 from fakes import FakeEngineMaker, FakeStrategy, plan_of
-from pipelines import LABELS, TEXTS, Parts, engines_of, ents, group, make_nlp, names_in, raises
+from pipelines import LABELS, TEXTS, Case, engines_of, ents, group, make_nlp, names_in, raises
 from spacy.tokens import Doc
 from spacy.training import Example
 
@@ -18,10 +18,10 @@ from spacy_sam.component import SamNer
 # Labels
 
 
-def asked(parts: Parts) -> Tuple[str, ...]:
+def asked(case: Case) -> Tuple[str, ...]:
     """The labels of the last prompt, after a text was annotated."""
-    parts.sam(parts.nlp.make_doc("Anna met Bella"), plan=plan_of(parts.bank, "expert0"))
-    return parts.engines[-1].requests[-1].labels
+    case.sam(case.nlp.make_doc("Anna met Bella"), plan=plan_of(case.bank, "expert0"))
+    return case.engines[-1].requests[-1].labels
 
 
 @pytest.mark.parametrize(
@@ -35,21 +35,21 @@ def asked(parts: Parts) -> Tuple[str, ...]:
         (["Ünïcode 日本", "a | b"], ("Ünïcode 日本", "a | b")),
     ],
 )
-def test_labels(make_parts, labels, expected):
-    parts = make_parts(labels=labels)
-    assert parts.sam.labels == expected
-    assert parts.nlp.pipe_labels["sam_ner"] == list(expected)
+def test_labels(make_case, labels, expected):
+    case = make_case(labels=labels)
+    assert case.sam.labels == expected
+    assert case.nlp.pipe_labels["sam_ner"] == list(expected)
     phrases = tuple(labels.values()) if isinstance(labels, dict) else expected
-    assert asked(parts) == phrases
-    doc = parts.sam(parts.nlp.make_doc("Anna met Bella"), plan=plan_of(parts.bank, "expert0"))
+    assert asked(case) == phrases
+    doc = case.sam(case.nlp.make_doc("Anna met Bella"), plan=plan_of(case.bank, "expert0"))
     assert ents(doc) == group(doc) == names_in(doc.text, labels=expected)
 
 
-def test_labels_many_are_asked_in_groups(make_parts):
+def test_labels_many_are_asked_in_groups(make_case):
     labels = [f"kind {n}" for n in range(200)]
-    parts = make_parts(labels=labels, engine={"@misc": "sam_tests.NumberedEngine.v1"})
-    doc = parts.nlp.make_doc("X7 then X199 then X150 , X0 and X7 , not X200")
-    parts.sam(doc, plan=plan_of(parts.bank, "expert0"))
+    case = make_case(labels=labels, engine={"@misc": "sam_tests.NumberedEngine.v1"})
+    doc = case.nlp.make_doc("X7 then X199 then X150 , X0 and X7 , not X200")
+    case.sam(doc, plan=plan_of(case.bank, "expert0"))
     assert [(ent.text, ent.label_) for ent in doc.ents] == [
         ("X7", "kind 7"),
         ("X199", "kind 199"),
@@ -57,10 +57,10 @@ def test_labels_many_are_asked_in_groups(make_parts):
         ("X0", "kind 0"),
         ("X7", "kind 7"),
     ]
-    groups = [request.labels for request in parts.engines[0].requests]
+    groups = [request.labels for request in case.engines[0].requests]
     assert [label for labels in groups for label in labels] == labels
     assert max(map(len, groups)) <= 16
-    assert parts.engines[0].calls == [parts.engines[0].requests], "all groups in one call"
+    assert case.engines[0].calls == [case.engines[0].requests], "all groups in one call"
 
 
 @pytest.mark.parametrize(
@@ -87,74 +87,74 @@ def test_labels_many_are_asked_in_groups(make_parts):
         ({"person"}, "S202"),
     ],
 )
-def test_labels_that_cannot_be_asked(make_parts, labels, code):
-    parts = make_parts()
+def test_labels_that_cannot_be_asked(make_case, labels, code):
+    case = make_case()
     with raises(code):
-        parts.sam.set_labels(labels)
-    assert parts.sam.labels == ("person", "place")
+        case.sam.set_labels(labels)
+    assert case.sam.labels == ("person", "place")
     with raises(code):
-        SamNer(parts.nlp.vocab, strategy=FakeStrategy(), engine=FakeEngineMaker(), labels=labels)
+        SamNer(case.nlp.vocab, strategy=FakeStrategy(), engine=FakeEngineMaker(), labels=labels)
 
 
-def test_labels_a_string_in_a_config_is_a_mistake(make_parts):
+def test_labels_a_string_in_a_config_is_a_mistake(make_case):
     with pytest.raises(ValueError, match="abels"):
-        make_parts(labels="person")
+        make_case(labels="person")
 
 
-def test_labels_add(make_parts):
-    parts = make_parts(labels=["person"])
-    assert parts.sam.add_label("person") == 0
-    assert parts.sam.add_label("place") == 1
-    assert parts.sam.add_label(" place ") == 0
-    assert parts.sam.labels == asked(parts) == ("person", "place")
-    assert parts.sam.label_data == ["person", "place"]
+def test_labels_add(make_case):
+    case = make_case(labels=["person"])
+    assert case.sam.add_label("person") == 0
+    assert case.sam.add_label("place") == 1
+    assert case.sam.add_label(" place ") == 0
+    assert case.sam.labels == asked(case) == ("person", "place")
+    assert case.sam.label_data == ["person", "place"]
     for label, code in (("", "S203"), (7, "S203"), ("a\nb", "S203")):
         with raises(code):
-            parts.sam.add_label(label)
-    assert "place" in parts.nlp.vocab.strings
-    parts = make_parts(labels={"ORG": "organization"})
+            case.sam.add_label(label)
+    assert "place" in case.nlp.vocab.strings
+    case = make_case(labels={"ORG": "organization"})
     with raises("S202"):
-        parts.sam.add_label("organization")
-    assert parts.sam.add_label("ORG") == 0
-    assert parts.sam.labels == ("ORG",)
+        case.sam.add_label("organization")
+    assert case.sam.add_label("ORG") == 0
+    assert case.sam.labels == ("ORG",)
 
 
 def test_labels_by_default_are_those_that_experts_share(bank_copy):
     for name, labels in (("expert0", ("z", "a", "b")), ("expert1", ("b", "z", "c")), ("expert2", ("d", "z"))):
         card = bank_copy[name]
         bank_copy.update_card(replace(card, labels=labels))
-    parts = Parts(*make_nlp(bank_copy, labels=[]), bank_copy)
-    assert parts.sam.labels == asked(parts) == ("b", "z")
+    case = Case(*make_nlp(bank_copy, labels=[]), bank_copy)
+    assert case.sam.labels == asked(case) == ("b", "z")
     bank_copy.remove("expert0")
     bank_copy.remove("expert1")
     with raises("S202"):
         _ = make_nlp(bank_copy, labels=[])[1].labels
 
 
-def test_labels_that_leave_no_room(make_parts):
-    nlp, sam, bank = make_parts(labels=["word " * 15])  # 24 tokens of the prompt
+def test_labels_that_leave_no_room(make_case):
+    nlp, sam, bank = make_case(labels=["word " * 15])  # 24 tokens of the prompt
     sam.parts.make_engine = FakeEngineMaker(context=55)
     with raises("S204"):
         sam(nlp.make_doc("Anna"), plan=plan_of(bank, "expert0"))
-    nlp, sam, bank = make_parts(labels=["word " * 15])
+    nlp, sam, bank = make_case(labels=["word " * 15])
     sam.parts.make_engine = FakeEngineMaker(context=56)
     long = "Anna saw one more . " * 30
     assert ents(sam(nlp.make_doc(long), plan=plan_of(bank, "expert0"))) == names_in(long, labels=sam.labels)
     assert max(len(r.text.split()) for r in engines_of(sam)[0].requests) <= 16
 
 
-def test_labels_outlive_memory_zones(make_parts):
-    parts = make_parts(labels=[], min_docs=1)
-    with parts.nlp.memory_zone():
-        inside = [ents(doc) for doc in parts.nlp.pipe(TEXTS)]
+def test_labels_outlive_memory_zones(make_case):
+    case = make_case(labels=[], min_docs=1)
+    with case.nlp.memory_zone():
+        inside = [ents(doc) for doc in case.nlp.pipe(TEXTS)]
     assert inside == [names_in(text) for text in TEXTS]
-    assert parts.sam.labels == ("person", "place")
-    assert all(label in parts.nlp.vocab.strings for label in LABELS)
-    with parts.nlp.memory_zone():
-        parts.sam.add_label("late one")
-    assert "late one" in parts.nlp.vocab.strings
-    parts.sam.set_labels(LABELS)
-    (doc,) = parts.nlp.pipe(TEXTS[:1])
+    assert case.sam.labels == ("person", "place")
+    assert all(label in case.nlp.vocab.strings for label in LABELS)
+    with case.nlp.memory_zone():
+        case.sam.add_label("late one")
+    assert "late one" in case.nlp.vocab.strings
+    case.sam.set_labels(LABELS)
+    (doc,) = case.nlp.pipe(TEXTS[:1])
     assert ents(doc) == names_in(TEXTS[0], 1)
 
 
@@ -176,14 +176,14 @@ def test_labels_outlive_memory_zones(make_parts):
         ("overwrite", ["no", 0, None]),
     ],
 )
-def test_settings_out_of_range(make_parts, setting, values):
+def test_settings_out_of_range(make_case, setting, values):
     vocab = spacy.blank("en").vocab
     for value in values:
         with raises("S702") as caught:
             SamNer(vocab, strategy=FakeStrategy(), engine=FakeEngineMaker(), **{setting: value})
         assert caught.value.fields["setting"] == setting
         with pytest.raises(ValueError, match=setting):  # by spaCy's check of the config, or by ours
-            make_parts(**{setting: value})
+            make_case(**{setting: value})
 
 
 @pytest.mark.parametrize(
@@ -242,11 +242,11 @@ def state(sam: SamNer) -> Tuple[Any, ...]:
 
 
 @pytest.fixture
-def configured(make_parts) -> Parts:
-    parts = make_parts(labels={"ORG": "organization"}, selection="once", threshold=0.1, window_size=32, batch_size=2)
-    parts.sam.add_label("place")
-    parts.sam.plan = plan_of(parts.bank, "expert1", ("expert0", "expert2"))
-    return parts
+def configured(make_case) -> Case:
+    case = make_case(labels={"ORG": "organization"}, selection="once", threshold=0.1, window_size=32, batch_size=2)
+    case.sam.add_label("place")
+    case.sam.plan = plan_of(case.bank, "expert1", ("expert0", "expert2"))
+    return case
 
 
 def test_saved_pipeline_is_the_same(configured, tmp_path):
@@ -263,51 +263,51 @@ def test_saved_pipeline_is_the_same(configured, tmp_path):
     assert files == ["cfg.json", "plan.json"]
 
 
-def test_saved_pipeline_without_a_plan(make_parts, tmp_path):
-    parts = make_parts()
-    parts.nlp.to_disk(tmp_path / "model")
+def test_saved_pipeline_without_a_plan(make_case, tmp_path):
+    case = make_case()
+    case.nlp.to_disk(tmp_path / "model")
     nlp = spacy.load(tmp_path / "model")
-    assert state(nlp.get_pipe("sam_ner")) == state(parts.sam)
+    assert state(nlp.get_pipe("sam_ner")) == state(case.sam)
     assert [ents(doc) for doc in nlp.pipe(TEXTS)] == [names_in(text) for text in TEXTS]
 
 
-def test_saved_over_another_plan(make_parts, tmp_path):
+def test_saved_over_another_plan(make_case, tmp_path):
     """Loading a component without a plan leaves no older one behind."""
-    parts, other = make_parts(), make_parts()
-    other.sam.plan = plan_of(parts.bank, "expert1")
-    parts.sam.to_disk(tmp_path / "sam")
+    case, other = make_case(), make_case()
+    other.sam.plan = plan_of(case.bank, "expert1")
+    case.sam.to_disk(tmp_path / "sam")
     assert other.sam.from_disk(tmp_path / "sam").plan is None
 
 
-def test_bytes_are_the_same(configured, make_parts):
-    other = make_parts(labels=["another"])
+def test_bytes_are_the_same(configured, make_case):
+    other = make_case(labels=["another"])
     assert other.nlp.from_bytes(configured.nlp.to_bytes()) is other.nlp
     assert state(other.sam) == state(configured.sam)
     assert [group(doc) for doc in other.nlp.pipe(TEXTS)] == [group(doc) for doc in configured.nlp.pipe(TEXTS)]
 
 
-def test_bytes_in_part(configured, make_parts):
-    other = make_parts(labels=["another"])
+def test_bytes_in_part(configured, make_case):
+    other = make_case(labels=["another"])
     other.sam.from_bytes(configured.sam.to_bytes(exclude=["plan"]))
     assert other.sam.labels == ("ORG", "place")
     assert other.sam.plan is None
-    other = make_parts(labels=["another"])
+    other = make_case(labels=["another"])
     other.sam.from_bytes(configured.sam.to_bytes(), exclude=["cfg"])
     assert other.sam.labels == ("another",)
     assert other.sam.plan == configured.sam.plan
 
 
-def test_saved_nonsense(make_parts, tmp_path):
-    parts = make_parts()
-    parts.sam.to_disk(tmp_path / "sam")
+def test_saved_nonsense(make_case, tmp_path):
+    case = make_case()
+    case.sam.to_disk(tmp_path / "sam")
     file = tmp_path / "sam" / "plan.json"
     file.write_text(json.dumps({"base_hash": 5}))
     with raises("S111"):
-        parts.sam.from_disk(tmp_path / "sam")
+        case.sam.from_disk(tmp_path / "sam")
     cfg = tmp_path / "sam" / "cfg.json"
-    cfg.write_text(json.dumps({**parts.sam.cfg, "batch_size": "64"}))
+    cfg.write_text(json.dumps({**case.sam.cfg, "batch_size": "64"}))
     with raises("S702"):
-        parts.sam.from_disk(tmp_path / "sam")
+        case.sam.from_disk(tmp_path / "sam")
 
 
 def test_pickled_component_is_the_same(configured):
@@ -319,8 +319,8 @@ def test_pickled_component_is_the_same(configured):
     assert sam.parts.make_engine.made[-1] is not engines_of(configured.sam)[-1]
 
 
-def test_evaluate(make_parts):
-    nlp = make_parts().nlp
+def test_evaluate(make_case):
+    nlp = make_case().nlp
     examples = []
     for text in TEXTS:
         gold = nlp.make_doc(text)

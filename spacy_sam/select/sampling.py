@@ -2,7 +2,7 @@
 
 from collections import Counter
 from dataclasses import dataclass
-from typing import Dict, FrozenSet, List, Sequence
+from typing import Dict, FrozenSet, List, Sequence, Tuple
 
 from ..errors import check_whole
 from ..plan import Selection, TaskModelSpec
@@ -50,11 +50,12 @@ def spread(texts: Sequence[str], size: int) -> List[str]:
     return [texts[i * len(texts) // size] for i in range(size)]
 
 
-def pseudo_labels(answers: Sequence[Sequence[Found]]) -> tuple:
+def pseudo_labels(answers: Sequence[Sequence[Found]]) -> Tuple[List[Found], str]:
     """Vote over the experts' answers.
 
     answers (Sequence[Sequence[Found]]): [n_experts][n_texts] sets of strict spans.
-    RETURNS (tuple): A set of spans for each text, and the rule that made them: "majority", "plurality" or "none".
+    RETURNS (Tuple[List[Found], str]): A set of spans for each text, and the rule that made them ("majority", "plurality",
+        "none").
     """
     n_texts = len(answers[0])
     votes = [Counter(span for found in answers for span in found[text]) for text in range(n_texts)]

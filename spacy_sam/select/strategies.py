@@ -36,9 +36,7 @@ class SaM:
     def __call__(self, context: SelectionContext) -> Plan:
         """RAISES: SamError S301 or S302 if there is nothing to select from or on."""
         selections = run_selectors(self.selectors, context, self.n_experts)
-        chosen = sorted(
-            {tuple(sorted(s.chosen)) for s in selections}, key=[tuple(sorted(s.chosen)) for s in selections].index
-        )
+        chosen = dict.fromkeys(tuple(sorted(selection.chosen)) for selection in selections)
         specs = [TaskModelSpec(experts, (), dict(self.merge.config)) for experts in chosen]
         return make_plan(self.name, specs, selections, context)
 
