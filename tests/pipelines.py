@@ -22,9 +22,20 @@ def make_nlp(bank: Any, **config: Any) -> Tuple[Language, SamNer]:
     """A pipeline with a fake engine and a fake strategy, and its component."""
     nlp = spacy.blank("en")
     path = bank.path if isinstance(bank, ExpertBank) else bank
-    sam = nlp.add_pipe("sam_ner", config={"bank": str(path), "labels": LABELS, **FAKES, **config})
+    return nlp, add_sam(nlp, **{"bank": str(path), "labels": LABELS, **FAKES, **config})
+
+
+def add_sam(nlp: Language, name: str = "sam_ner", **config: Any) -> SamNer:
+    """Add the component to a pipeline."""
+    nlp.add_pipe("sam_ner", name=name, config=config)
+    return sam_of(nlp, name)
+
+
+def sam_of(nlp: Language, name: str = "sam_ner") -> SamNer:
+    """The component of a pipeline."""
+    sam = nlp.get_pipe(name)
     assert isinstance(sam, SamNer)
-    return nlp, sam
+    return sam
 
 
 class Case(NamedTuple):

@@ -6,14 +6,14 @@ import pickle
 import shutil
 import time
 from pathlib import Path
-from typing import Any, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterable, Iterator, List, Sequence, Tuple
 
 import numpy as np
 import pytest
 import spacy
 from fakes import Answer, FakeEngine, FakeEngineMaker, FakeStrategy, complete, plan_of
 from helpers import make_tiny_bank
-from pipelines import FAKES, LABELS, TEXTS, Case, engines_of, ents, group, make_nlp, names_in, raises
+from pipelines import FAKES, LABELS, TEXTS, Case, add_sam, engines_of, ents, group, make_nlp, names_in, raises, sam_of
 from remembering import REMEMBERED, REMEMBERED_LABELS
 from spacy.language import Language
 from spacy.tokens import Doc, Span
@@ -151,14 +151,8 @@ def test_component_counts_what_it_leaves_out(make_case):
     cut = Completion(whole.text[:-4], whole.logprobs, whole.ends, False)
     text = "Anna and Bo"
     for completion, expected in ((whole, ["Anna", "Bo"]), (cut, ["Anna"])):
-        engine = OneAnswer(completion)
-        sam = SamNer(
-            case.nlp.vocab,
-            bank=case.bank.path,
-            labels=LABELS,
-            strategy=FakeStrategy(),
-            engine=lambda bank, e=engine: e,
-        )
+        sam = case.sam
+        sam.parts = case_with(OneAnswer(completion)).sam.parts
         doc = sam(case.nlp.make_doc(text), plan=plan_of(case.bank, "expert0"))
         assert [ent.text for ent in doc.ents] == expected
         counts = sam.parts.annotator.counts
@@ -360,7 +354,7 @@ def test_pipe_endless_stream_is_pulled_in_bounds(make_case):
     for n_docs in range(2, 60):
         next(stream)
         assert len(pulled) <= max(20, n_docs + 8)
-    stream.close()  # type: ignore[attr-defined]
+    stream.close()
     assert len(pulled) <= 68
     assert ents(nlp(TEXTS[0])) == names_in(TEXTS[0])
 
@@ -378,7 +372,7 @@ def test_pipe_closed_early(make_case):
     nlp = make_case(batch_size=2).nlp
     stream = nlp.pipe(TEXTS)
     next(stream)
-    stream.close()  # type: ignore[attr-defined]
+    stream.close()
     assert [ents(doc) for doc in nlp.pipe(TEXTS)] == [names_in(text) for text in TEXTS]
 
 
@@ -395,7 +389,7 @@ def test_pipe_interleaved_streams_keep_their_plans(make_case):
 # Plans
 
 
-def plans_of_streams(case: Case, *lengths: int) -> List[Optional[str]]:
+def plans_of_streams(case: Case, *lengths: int) -> List[str]:
     """The expert of each stream's plan, of streams with these numbers of documents."""
     used = []
     for length in lengths:
@@ -531,7 +525,7 @@ def test_plan_that_was_saved_is_checked(bank_copy, tmp_path, code, damage):
     nlp.to_disk(tmp_path / "model")
     damage(bank_copy)
     loaded = spacy.load(tmp_path / "model")
-    other = loaded.get_pipe("sam_ner")
+    other = sam_of(loaded)
     for call in (lambda: list(loaded.pipe(TEXTS)), lambda: loaded(TEXTS[0]), lambda: loaded(TEXTS[0])):
         with raises(code):
             call()
@@ -586,7 +580,7 @@ def test_failing_document_is_the_only_one_lost(make_case, batch_size):
 def test_failing_document_raises_by_default(make_case):
     nlp, sam, bank = make_case(batch_size=3)
     sam.plan = plan_of(bank, "expert0")
-    out = []
+    out: List[str] = []
     with pytest.raises(RuntimeError, match="fell over"):
         out.extend(doc.text for doc in nlp.pipe([*TEXTS[:4], "BOOM", TEXTS[4]]))
     assert out == TEXTS[:4]
@@ -679,7 +673,10 @@ def test_half_written_bank(bank_copy, file, damage, code):
 # With a real engine
 
 
-REAL = {"engine": {"@misc": "spacy_sam.TorchEngine.v1", "device": "cpu"}, "labels": list(REMEMBERED_LABELS)}
+REAL: Dict[str, Any] = {
+    "engine": {"@misc": "spacy_sam.TorchEngine.v1", "device": "cpu"},
+    "labels": list(REMEMBERED_LABELS),
+}
 
 
 def embed(self: SentenceEncoder, texts: Sequence[str]) -> np.ndarray:
@@ -690,11 +687,12 @@ def test_real_engine_and_strategy(remembering_bank, monkeypatch):
     """The defaults but for the sentence encoder: both selectors, TIES, the union."""
     monkeypatch.setattr(SentenceEncoder, "__call__", embed)
     nlp = spacy.blank("en")
-    sam = nlp.add_pipe("sam_ner", config={"bank": str(remembering_bank.path), "strategy": {"n_experts": 1}, **REAL})
+    sam = add_sam(nlp, bank=str(remembering_bank.path), strategy={"n_experts": 1}, **REAL)
     texts = [*REMEMBERED, "", *REMEMBERED]
     docs = list(nlp.pipe(texts))
     assert [ents(doc) for doc in docs] == [group(doc) for doc in docs] == [REMEMBERED.get(text, []) for text in texts]
     plan = sam.plan
+    assert plan is not None
     assert [selection.selector for selection in plan.selections] == ["domain_similarity", "sampling_evaluation"]
     assert plan.sample_size == 8
     assert dict(plan.selections[1].scores) == {"expert0": 1.0, "expert1": 1.0}
@@ -714,15 +712,15 @@ def test_real_engine_saved_and_loaded(remembering_bank, tmp_path):
         "selection": "once",
         **REAL,
     }
-    sam = nlp.add_pipe("sam_ner", config=config)
+    sam = add_sam(nlp, **config)
     plan = sam.select(REMEMBERED)
     assert [spec.experts for spec in plan.task_models] == [("expert0", "expert1")]
     nlp.to_disk(tmp_path / "model")
     loaded = spacy.load(tmp_path / "model")
-    assert loaded.get_pipe("sam_ner").plan == plan
+    assert sam_of(loaded).plan == plan
     for text, expected in REMEMBERED.items():
         assert ents(loaded(text)) == ents(nlp(text)) == expected
-    again = pickle.loads(pickle.dumps(loaded.get_pipe("sam_ner")))
+    again = pickle.loads(pickle.dumps(sam_of(loaded)))
     docs = [loaded.make_doc(text) for text in REMEMBERED]
     assert [ents(doc) for doc in again.pipe(docs)] == list(REMEMBERED.values())
 
@@ -740,8 +738,8 @@ def opt_bank(tmp_path_factory) -> ExpertBank:
 )
 def test_real_engine_always_has_room(opt_bank, text):
     nlp = spacy.blank("en")
-    sam = nlp.add_pipe("sam_ner", config={"bank": str(opt_bank.path), **REAL, "window_size": 300, "window_overlap": 5})
-    engine = sam.parts.annotator.engine
+    sam = add_sam(nlp, bank=str(opt_bank.path), **REAL, window_size=300, window_overlap=5)
+    engine: Any = sam.parts.annotator.engine
     lengths: List[int] = []
     forward = engine.model.forward
 
@@ -759,6 +757,6 @@ def test_real_engine_always_has_room(opt_bank, text):
 def test_real_engine_labels_do_not_fit_the_context(opt_bank):
     nlp = spacy.blank("en")
     config: Dict[str, Any] = {**REAL, "bank": str(opt_bank.path), "labels": [f"{'long ' * 19}{n}" for n in range(16)]}
-    sam = nlp.add_pipe("sam_ner", config=config)
+    sam = add_sam(nlp, **config)
     with raises("S204"):
         sam(nlp.make_doc("Anna"), plan=plan_of(opt_bank, "expert0"))

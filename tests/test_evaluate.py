@@ -16,17 +16,17 @@ def gold(texts: List[str]) -> List[Record]:
     return [Record(text, tuple(names_in(text))) for text in texts]
 
 
-def test_evaluate_perfect(make_parts):
-    parts = make_parts()
+def test_evaluate_perfect(make_case):
+    parts = make_case()
     result = ev.score(parts.nlp, parts.sam, gold(TEXTS), plan_of(parts.bank, "expert0"))
     assert (result.p, result.r, result.f) == (1, 1, 1)
     assert result.n_docs == len(TEXTS)
     assert result.task_models == ("expert0",)
 
 
-def test_evaluate_false_positives_in_texts_without_entities(make_parts):
+def test_evaluate_false_positives_in_texts_without_entities(make_case):
     """spaCy's scorer skips documents that look unannotated: one without entities must not look so."""
-    parts = make_parts()
+    parts = make_case()
     records = [*gold(TEXTS[:1]), Record("Emil and Fay came .")]
     n_right = len(records[0].entities)
     result = ev.score(parts.nlp, parts.sam, records, plan_of(parts.bank, "expert0"))
@@ -34,9 +34,9 @@ def test_evaluate_false_positives_in_texts_without_entities(make_parts):
     assert result.p == pytest.approx(n_right / (n_right + len(names_in(records[1].text))))
 
 
-def test_evaluate_is_strict(make_parts):
+def test_evaluate_is_strict(make_case):
     """A wrong type and a wrong boundary are both wrong."""
-    parts = make_parts()
+    parts = make_case()
     start, end, label = names_in("Anna Bell came .")[0]
     other = next(name for name in parts.sam.labels if name != label)
     plan = plan_of(parts.bank, "expert0")
@@ -44,15 +44,15 @@ def test_evaluate_is_strict(make_parts):
         assert ev.score(parts.nlp, parts.sam, [Record("Anna Bell came .", (wrong,))], plan).f == 0
 
 
-def test_evaluate_nothing_found(make_parts):
-    parts = make_parts()
+def test_evaluate_nothing_found(make_case):
+    parts = make_case()
     record = Record("nothing here", ((0, 7, "person"),))
     result = ev.score(parts.nlp, parts.sam, [record], plan_of(parts.bank, "expert0"))
     assert (result.p, result.r, result.f) == (0, 0, 0)
 
 
-def test_evaluate_per_type(make_parts):
-    parts = make_parts()
+def test_evaluate_per_type(make_case):
+    parts = make_case()
     records = gold(TEXTS)
     result = ev.score(parts.nlp, parts.sam, records, plan_of(parts.bank, "expert0"))
     assert set(result.per_type) == {label for record in records for _, _, label in record.entities}

@@ -11,8 +11,9 @@ from typing import Any, Dict, Iterable, List, Optional, Tuple
 import pytest
 import spacy
 import torch
-from fakes import NAME, REMEMBERED, REMEMBERED_LABELS, make_remembering_bank, plan_of
+from fakes import NAME, plan_of
 from helpers import make_tiny_bank
+from remembering import REMEMBERED, REMEMBERED_LABELS, make_remembering_bank
 from spacy.tokens import Doc, Span
 from spacy.training import Example
 from spacy_llm.registry import registry

@@ -11,8 +11,8 @@ from spacy_sam.report import render_docs, render_report
 
 
 @pytest.fixture
-def page_parts(make_parts):
-    parts = make_parts()
+def page_parts(make_case):
+    parts = make_case()
     plan = plan_of(parts.bank, "expert0", "expert1")
     docs = list(parts.sam.pipe([parts.nlp.make_doc(t) for t in ("Anna <b>met</b> Bella & Co .", "")], plan=plan))
     return docs, plan
@@ -63,8 +63,8 @@ def test_report_escapes_text(page_parts):
     assert "&lt;b&gt;met&lt;/b&gt;" in page
 
 
-def test_report_entities_of_other_components(make_parts):
-    parts = make_parts()
+def test_report_entities_of_other_components(make_case):
+    parts = make_case()
     doc = parts.nlp.make_doc("Anna came")
     doc.ents = [doc.char_span(0, 4, label="OTHER")]
     assert 'title="another component"' in render_docs([doc])

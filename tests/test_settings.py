@@ -9,7 +9,7 @@ from typing import Any, Tuple
 import pytest
 import spacy
 from fakes import FakeEngineMaker, FakeStrategy, plan_of
-from pipelines import LABELS, TEXTS, Case, engines_of, ents, group, make_nlp, names_in, raises
+from pipelines import LABELS, TEXTS, Case, add_sam, engines_of, ents, group, make_nlp, names_in, raises, sam_of
 from spacy.tokens import Doc
 from spacy.training import Example
 
@@ -213,12 +213,16 @@ def test_settings_that_spacy_cannot_use(config):
     assert nlp.pipe_names == []
 
 
+def strategy_of(config: Any) -> Any:
+    return add_sam(spacy.blank("en"), strategy=config).parts.strategy
+
+
 def test_settings_default_selector_can_be_left_out():
-    sam = spacy.blank("en").add_pipe("sam_ner", config={"strategy": {"selectors": {"similarity": None}}})
-    assert [selector.name for selector in sam.parts.strategy.selectors] == ["sampling_evaluation"]
-    sam = spacy.blank("en").add_pipe("sam_ner", config={"strategy": {"@misc": "spacy_sam.SaM.v1", "n_experts": 2}})
-    assert [selector.name for selector in sam.parts.strategy.selectors] == ["domain_similarity", "sampling_evaluation"]
-    assert sam.parts.strategy.n_experts == 2
+    strategy = strategy_of({"selectors": {"similarity": None}})
+    assert [selector.name for selector in strategy.selectors] == ["sampling_evaluation"]
+    strategy = strategy_of({"@misc": "spacy_sam.SaM.v1", "n_experts": 2})
+    assert [selector.name for selector in strategy.selectors] == ["domain_similarity", "sampling_evaluation"]
+    assert strategy.n_experts == 2
 
 
 def test_settings_eco_strategy():
@@ -228,10 +232,10 @@ def test_settings_eco_strategy():
         "selectors": {"one": {"@misc": "spacy_sam.DomainSimilarity.v1"}},
         "merge": {"@misc": "spacy_sam.Mean.v1"},
     }
-    sam = spacy.blank("en").add_pipe("sam_ner", config={"strategy": config})
-    assert sam.parts.strategy.name == "SaM-eco"
-    assert [selector.name for selector in sam.parts.strategy.selectors] == ["domain_similarity"]
-    assert sam.parts.strategy.merge.config["@misc"] == "spacy_sam.Mean.v1"
+    strategy = strategy_of(config)
+    assert strategy.name == "SaM-eco"
+    assert [selector.name for selector in strategy.selectors] == ["domain_similarity"]
+    assert strategy.merge.config["@misc"] == "spacy_sam.Mean.v1"
 
 
 # Serialisation
@@ -253,7 +257,7 @@ def test_saved_pipeline_is_the_same(configured, tmp_path):
     configured.nlp.to_disk(tmp_path / "here")
     shutil.move(tmp_path / "here", tmp_path / "there")
     nlp = spacy.load(tmp_path / "there")
-    sam = nlp.get_pipe("sam_ner")
+    sam = sam_of(nlp)
     assert state(sam) == state(configured.sam)
     assert sam.parts.bank_path == configured.sam.parts.bank_path
     assert engines_of(sam) == []
@@ -267,7 +271,7 @@ def test_saved_pipeline_without_a_plan(make_case, tmp_path):
     case = make_case()
     case.nlp.to_disk(tmp_path / "model")
     nlp = spacy.load(tmp_path / "model")
-    assert state(nlp.get_pipe("sam_ner")) == state(case.sam)
+    assert state(sam_of(nlp)) == state(case.sam)
     assert [ents(doc) for doc in nlp.pipe(TEXTS)] == [names_in(text) for text in TEXTS]
 
 

@@ -48,7 +48,8 @@ class SelectionContext:
 class Selector(Protocol):
     """Scores every expert of the bank for the target; higher is better."""
 
-    name: str
+    @property
+    def name(self) -> str: ...
 
     def __call__(self, context: SelectionContext, n_experts: int) -> Selection: ...
 

@@ -13,7 +13,8 @@ from .base import SelectionContext, Selector, check_scored
 class Strategy(Protocol):
     """Makes the plan for a target."""
 
-    name: str
+    @property
+    def name(self) -> str: ...
 
     def __call__(self, context: SelectionContext) -> Plan: ...
 
