@@ -63,7 +63,7 @@ class FakeEncoder:
 def run(monkeypatch: pytest.MonkeyPatch) -> Run:
     """Run a command in this process, with stand-ins for the engine and the encoder."""
     monkeypatch.setattr("spacy_sam.registered.TorchEngineMaker.__call__", lambda self, bank: FakeEngine())
-    monkeypatch.setattr("spacy_sam.component.SentenceEncoder", FakeEncoder)
+    monkeypatch.setattr("spacy_sam.parts.SentenceEncoder", FakeEncoder)
     runner = CliRunner()
 
     def run_command(*args: Any) -> Any:

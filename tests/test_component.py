@@ -6,7 +6,7 @@ import pickle
 import shutil
 import time
 from pathlib import Path
-from typing import Any, Dict, Iterable, Iterator, List, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Sequence, Tuple
 
 import numpy as np
 import pytest
@@ -100,6 +100,10 @@ def test_component_document_of_a_megabyte(make_case):
     assert doc.text == text
 
 
+def with_engine(case: Case, make_engine: Callable[[ExpertBank], Any]) -> SamNer:
+    return SamNer(case.nlp.vocab, bank=case.bank.path, labels=LABELS, strategy=FakeStrategy(), engine=make_engine)
+
+
 def test_component_overlapping_candidates(make_case):
     """More task models win over fewer, then the score does; all candidates are in the spans."""
 
@@ -112,9 +116,7 @@ def test_component_overlapping_candidates(make_case):
         }[name]
 
     case = make_case()
-    sam = SamNer(
-        case.nlp.vocab, bank=case.bank.path, labels=LABELS, strategy=FakeStrategy(), engine=FakeEngineMaker(find)
-    )
+    sam = with_engine(case, FakeEngineMaker(find))
     doc = sam(case.nlp.make_doc("Anna Bell in New Rome City"), plan=plan_of(case.bank, "expert0", "expert1", "expert2"))
     assert [span.text for span in doc.spans["sc"]] == ["Anna", "Anna Bell", "New Rome City", "Rome", "City"]
     assert doc.spans["sc"].attrs["scores"] == pytest.approx([0.8, 0.3, 0.9, 0.2, 0.4])
@@ -128,9 +130,7 @@ def test_component_one_place_with_two_labels(make_case):
     def find(request: Request) -> List[Answer]:
         return [("Rome", "person" if request.task_model.experts == ("expert0",) else "place", 0.5)]
 
-    sam = SamNer(
-        case.nlp.vocab, bank=case.bank.path, labels=LABELS, strategy=FakeStrategy(), engine=FakeEngineMaker(find)
-    )
+    sam = with_engine(case, FakeEngineMaker(find))
     doc = sam(case.nlp.make_doc("In Rome ."), plan=plan_of(case.bank, "expert0", "expert1"))
     assert group(doc) == [(3, 7, "person"), (3, 7, "place")]
     assert ents(doc) == [(3, 7, "person")]
@@ -145,20 +145,18 @@ class OneAnswer(FakeEngine):
         return [self.completion for _ in requests]
 
 
-def test_component_counts_what_it_leaves_out(make_case):
+@pytest.mark.parametrize("finished", [True, False])
+def test_component_counts_what_it_leaves_out(make_case, finished):
+    """Of an answer that was cut off, the last line is left out."""
     case = make_case()
     whole = complete([("Anna", "person", 0.5), ("Xerxes", "person", 0.5), ("Bo", "animal", 0.5), ("Bo", "place", 0.5)])
-    cut = Completion(whole.text[:-4], whole.logprobs, whole.ends, False)
-    text = "Anna and Bo"
-    for completion, expected in ((whole, ["Anna", "Bo"]), (cut, ["Anna"])):
-        sam = case.sam
-        sam.parts = case_with(OneAnswer(completion)).sam.parts
-        doc = sam(case.nlp.make_doc(text), plan=plan_of(case.bank, "expert0"))
-        assert [ent.text for ent in doc.ents] == expected
-        counts = sam.parts.annotator.counts
-        assert (counts.windows, counts.dropped, counts.malformed) == (1, 1, 1)
-        assert counts.mentions == len(expected) + 1
-        assert counts.unfinished == (0 if completion.finished else 1)
+    completion = whole if finished else whole._replace(text=whole.text[:-4], finished=False)
+    sam = with_engine(case, lambda _: OneAnswer(completion))
+    doc = sam(case.nlp.make_doc("Anna and Bo"), plan=plan_of(case.bank, "expert0"))
+    assert [ent.text for ent in doc.ents] == (["Anna", "Bo"] if finished else ["Anna"])
+    counts = sam.parts.annotator.counts
+    assert (counts.windows, counts.dropped, counts.malformed) == (1, 1, 1)
+    assert (counts.mentions, counts.unfinished) == ((3, 0) if finished else (2, 1))
 
 
 @pytest.mark.parametrize(("threshold", "expected"), [(0.0, 4), (0.19, 3), (0.21, 2), (1, 0)])
@@ -170,7 +168,8 @@ def test_component_threshold(make_case, threshold, expected):
 
 def test_component_threshold_itself_is_enough(make_case):
     nlp, sam, bank = make_case(threshold=1)
-    sam.parts.make_engine = lambda _: OneAnswer(complete([("Anna", "person", 1.0), ("Bella", "person", 0.999)]))
+    answer = complete([("Anna", "person", 1.0), ("Bella", "person", 0.999)])
+    sam.parts.make_engine = lambda _: OneAnswer(answer)
     assert [ent.text for ent in sam(nlp.make_doc("Anna Bella"), plan=plan_of(bank, "expert0")).ents] == ["Anna"]
 
 
