@@ -91,7 +91,10 @@ class Reference(NamedTuple):
         return [i for part in parts for i in self.tokenizer(part, split_special_tokens=True)["input_ids"]]
 
     def generate(self, request: Request, limit: int, end_ids: Sequence[int]) -> Tuple[List[int], List[float]]:
-        ids = torch.tensor([self.prompt(request)])
+        return self.continue_ids(self.prompt(request), limit, end_ids)
+
+    def continue_ids(self, prompt: Sequence[int], limit: int, end_ids: Sequence[int]) -> Tuple[List[int], List[float]]:
+        ids = torch.tensor([prompt])
         output = self.model.generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
@@ -132,6 +135,20 @@ def test_engine_writes_what_transformers_writes(bank, engine, spec):
         content = tokens[:-1] if completion.finished else tokens
         assert completion.text == reference.tokenizer.decode(content, skip_special_tokens=True)
         assert completion.logprobs == pytest.approx(logprobs, abs=1e-3)
+
+
+def test_engine_completes_whole_prompts(bank, engine):
+    reference = make_reference(bank, ONE)
+    prompts = ["Say something nice.\n", "Hi", f"{END} is text", " ".join(TEXTS) * 2]
+    for prompt, completion in zip(prompts, engine.complete(ONE, prompts), strict=True):
+        ids = reference.tokenizer(prompt, split_special_tokens=True)["input_ids"]
+        tokens, logprobs = reference.continue_ids(ids, len(completion.logprobs), engine.end_ids)
+        content = tokens[:-1] if completion.finished else tokens
+        assert completion.text == reference.tokenizer.decode(content, skip_special_tokens=True)
+        assert completion.logprobs == pytest.approx(logprobs, abs=1e-3)
+    with pytest.raises(SamError) as caught:
+        engine.complete(ONE, ["Hi", "word " * 600])
+    assert caught.value.code == "S505"
 
 
 def test_engine_task_models_differ(engine):
