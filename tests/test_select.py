@@ -184,7 +184,7 @@ def test_sampling_equal_scores_go_by_shared_spans_then_name():
             "a": {"one": [A]},
             "b": {"one": [A]},
             "c": {"one": [A]},
-            "d": {"two": [B]},
+            "d": {"two": [B, (10, 11, "a"), (12, 13, "a")]},  # finds the most, and shares nothing
             "e": {"two": [C, D]},  # shares both with f
             "f": {"two": [C, D]},
         }

@@ -41,13 +41,15 @@ def train_cli(
     Example: python -m spacy sam train configs/bank.cfg bank --paths.data DATA
     """
     from ..train.config import read_config
-    from ..train.run import train_bank
+    from ..train.run import is_main_process, train_bank
     from ..train.scores import score_bank
 
     overrides = read_overrides(ctx.args)
     with mendable():
         settings = read_config(config, overrides)
         bank = train_bank(settings, out, progress=progress_wanted(), report=msg.info)
+        if not is_main_process():
+            return
         if score:
             score_bank(bank, settings, report=msg.info)
         msg.good(f"Bank with {len(bank)} experts: {out}")

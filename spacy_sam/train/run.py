@@ -55,17 +55,27 @@ def train_bank(
     return ExpertBank(out)
 
 
+def is_main_process() -> bool:
+    """Whether this process writes and reports: the only one, or the first of `accelerate launch` or `torchrun`."""
+    return _process_state().is_main_process
+
+
+def _process_state() -> Any:
+    from accelerate import PartialState
+
+    # Without `cpu`, accelerate takes each of several CPU processes for the only one.
+    return PartialState(cpu=not torch.cuda.is_available())
+
+
 class _Run:
     """One call of `train_bank`: its settings, corpora and processes."""
 
     def __init__(self, config: TrainConfig, out: Path, work: Path, progress: bool, report: Report) -> None:
-        from accelerate import PartialState
-
         self.config = config
         self.out = out
         self.work = work
         self.progress = progress
-        self.state = PartialState()
+        self.state = _process_state()
         self.say: Report = report if self.state.is_main_process else _silent
         self.domains: Dict[str, List[Dataset]] = {
             name: [load_dataset(path) for path in expand(section.train)] for name, section in config.domains.items()
