@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Mapping, Optional, Tuple, Union
 
-from .adapters import Adapter, hash_adapter, read_adapter, read_adapter_config
+from .adapters import CONFIG_FILE, WEIGHTS_FILE, Adapter, hash_adapter, read_adapter, read_adapter_config
 from .errors import SamError
 from .plan import Expert, Plan, Strict, from_json, to_json
 
@@ -202,8 +202,9 @@ class ExpertBank:
         target.parent.mkdir(parents=True, exist_ok=True)
         staged = Path(tempfile.mkdtemp(prefix=".adding-", dir=target.parent))
         try:
-            for file in ("adapter_config.json", "adapter_model.safetensors"):
-                shutil.copyfile(source / file, staged / file)
+            shutil.copyfile(source / WEIGHTS_FILE, staged / WEIGHTS_FILE)
+            config = _read_json(source / CONFIG_FILE)
+            _write_json(staged / CONFIG_FILE, {**config, "base_model_name_or_path": self._base_from_expert()})
             _write_json(staged / CARD_FILE, to_json(checked))
             if target.exists():  # left over from an add that was stopped: bank.json does not know it
                 shutil.rmtree(target)
@@ -212,6 +213,11 @@ class ExpertBank:
             shutil.rmtree(staged, ignore_errors=True)
         self._write_names(added=name)
         self._cards[name] = self._read_card(name)
+
+    def _base_from_expert(self) -> str:
+        """The base as an expert's PEFT config names it: no path of the machine it was trained on."""
+        inside = (self.path / self._file.base).is_dir()
+        return f"../../{self._file.base}" if inside else self._file.base
 
     def remove(self, name: str) -> None:
         """Remove an expert and its folder. RAISES: SamError S108 if there is none of that name."""

@@ -141,11 +141,9 @@ def _close_sentence(sentence: Sequence[Tuple[str, str]]) -> Iterator[Record]:
         text += " " if text else ""
         start = len(text)
         text += token
-        if tag == "O":
-            pass
-        elif tag.startswith("I-") and previous[2:] == tag[2:]:
+        if tag.startswith("I-") and previous[2:] == tag[2:]:
             entities[-1] = (entities[-1][0], len(text), tag[2:])
-        else:
+        elif tag != "O":
             entities.append((start, len(text), tag[2:]))
         previous = tag
     yield Record(text, tuple(entities))

@@ -761,3 +761,17 @@ def test_bank_adapters_are_float32_whatever_they_are_stored_in(dtype, adapter):
     for name, factors in read_adapter(adapter, "stored").matrices.items():
         assert (factors.a.dtype, factors.b.dtype) == (torch.float32, torch.float32)
         torch.testing.assert_close(factors.delta(), exact.matrices[name].delta(), rtol=0.02, atol=0.02)
+
+
+def test_bank_add_keeps_no_path_of_the_machine(bank_copy):
+    """The adapter's PEFT config names the base from where it stands, and peft can follow it."""
+    import json
+
+    source = bank_copy.folder("expert0")
+    config = json.loads((source / "adapter_config.json").read_text(encoding="utf8"))
+    (source / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "/home/me/base"}))
+    bank_copy.add("again", source, bank_copy["expert0"])
+    folder = bank_copy.folder("again")
+    named = json.loads((folder / "adapter_config.json").read_text(encoding="utf8"))["base_model_name_or_path"]
+    assert (folder / named).resolve() == (bank_copy.path / "base").resolve()
+    assert bank_copy.adapter_hash("again") == bank_copy.adapter_hash("expert0")
