@@ -181,7 +181,8 @@ def test_project_demo_corpora():
             for start, end, label in record.entities:
                 assert record.text[start:end] == record.text[start:end].strip() != ""
                 found.add(label)
-        assert any(not record.entities for record in records)
+        if path.name.endswith(".train.jsonl"):
+            assert any(not record.entities for record in records)
     assert len(set(seen)) == len(seen)
     assert labels["galley"] == {"dish", "ingredient", "port", "ship"}
     assert labels["galley"] <= labels["cooking"] | labels["shipping"]
