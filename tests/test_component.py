@@ -18,11 +18,13 @@ from remembering import REMEMBERED, REMEMBERED_LABELS
 from spacy.language import Language
 from spacy.tokens import Doc, Span
 
+from spacy_sam.align import Candidate
 from spacy_sam.bank import ExpertBank
 from spacy_sam.component import SamNer
 from spacy_sam.generate.engine import Completion, Request
 from spacy_sam.plan import Plan
 from spacy_sam.select.encoder import SentenceEncoder
+from spacy_sam.write import merge_windows
 
 # Annotations
 
@@ -134,6 +136,18 @@ def test_component_one_place_with_two_labels(make_case):
     doc = sam(case.nlp.make_doc("In Rome ."), plan=plan_of(case.bank, "expert0", "expert1"))
     assert group(doc) == [(3, 7, "person"), (3, 7, "place")]
     assert ents(doc) == [(3, 7, "person")]
+
+
+def test_component_joins_what_windows_find():
+    """An entity in the overlap of two windows may be found by one task model here and by another there."""
+    first = [Candidate(0, 4, "person", 0.5, (1,)), Candidate(8, 9, "place", 0.1, (0, 1))]
+    second = [Candidate(0, 4, "person", 0.7, (0,)), Candidate(0, 4, "place", 0.6, (0,))]
+    assert merge_windows([first, [], second]) == [
+        Candidate(0, 4, "person", 0.7, (0, 1)),
+        Candidate(0, 4, "place", 0.6, (0,)),
+        Candidate(8, 9, "place", 0.1, (0, 1)),
+    ]
+    assert merge_windows([]) == merge_windows([[], []]) == []
 
 
 class OneAnswer(FakeEngine):

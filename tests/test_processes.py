@@ -80,7 +80,8 @@ if __name__ == "__main__":
 
 
 def run(*arguments: str) -> str:
-    environment = {**os.environ, "PYTHONPATH": str(TESTS)}
+    paths = os.pathsep.join(filter(None, [str(TESTS), os.environ.get("PYTHONPATH")]))
+    environment = {**os.environ, "PYTHONPATH": paths}
     done = subprocess.run(
         [sys.executable, *arguments], capture_output=True, text=True, timeout=TIMEOUT, env=environment, check=False
     )
