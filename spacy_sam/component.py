@@ -198,7 +198,7 @@ class SamNer(Pipe):
 
     def _look_ahead(self) -> int:
         """How many documents must be seen before the stream's plan is known."""
-        if self._plan is not None and (self.cfg["selection"] != "stream" or self._is_worker):
+        if self._plan is not None and self.cfg["selection"] != "stream":
             return 0
         return self.cfg["look_ahead"] if self.cfg["selection"] != "manual" else 0
 
