@@ -4,7 +4,7 @@ import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Sequence, Tuple
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 
 from .errors import SamError
 
@@ -15,10 +15,14 @@ IOB_TAG = re.compile(r"O|[BI]-.+")
 
 @dataclass(frozen=True)
 class Record:
-    """One annotated text: `entities` are (start, end, label) in characters, sorted."""
+    """One annotated text: `entities` are (start, end, label) in characters, sorted.
+
+    labels: The types that were looked for in this text, where they differ from text to text; None for the corpus's.
+    """
 
     text: str
     entities: Tuple[Entity, ...] = ()
+    labels: Optional[Tuple[str, ...]] = None
 
 
 @dataclass(frozen=True)
@@ -33,7 +37,8 @@ class Dataset:
 def read_records(path: Path) -> List[Record]:
     """Read annotated texts.
 
-    path (Path): A `.jsonl` file of `{"text", "entities": [[start, end, label], ...]}`, a DocBin (`.spacy`) or a CoNLL file
+    path (Path): A `.jsonl` file of `{"text", "entities": [[start, end, label], ...]}`, with "labels" where each text was
+        annotated for types of its own, a DocBin (`.spacy`) or a CoNLL file
         (token first, IOB tag last, blank line between sentences).
     RETURNS (List[Record]): The records in file order.
     RAISES: SamError S602 if there is no such file or kind of file, S603 (with the line) if it is malformed.
@@ -103,7 +108,19 @@ def _to_record(row: Dict[str, Any]) -> Record:
             raise TypeError(f"entity {[start, end, label]} is not [start, end, label]")
         if not 0 <= start < end <= len(text):
             raise ValueError(f"entity {[start, end, label]} outside the text")
-    return Record(text, tuple(sorted((start, end, label) for start, end, label in row["entities"])))
+    entities = tuple(sorted((start, end, label) for start, end, label in row["entities"]))
+    return Record(text, entities, _own_labels(row, entities))
+
+
+def _own_labels(row: Dict[str, Any], entities: Sequence[Entity]) -> Optional[Tuple[str, ...]]:
+    labels = row.get("labels")
+    if labels is None:
+        return None
+    if not isinstance(labels, list) or not all(isinstance(label, str) and label for label in labels):
+        raise TypeError(f"labels {labels!r} is not a list of names")
+    if not {label for _, _, label in entities} <= set(labels):
+        raise ValueError(f"labels {labels} lack the type of an entity")
+    return tuple(labels)
 
 
 def _read_docbin(path: Path) -> Iterator[Record]:
@@ -154,5 +171,6 @@ def load_dataset(path: Path, labels: Sequence[str] = ()) -> Dataset:
     records = tuple(record for record in read_records(path) if record.text.strip())
     if not records:
         raise SamError("S604", path=path)
-    seen = labels or sorted({label for record in records for _, _, label in record.entities})
+    found = {label for record in records for label in record.labels or (entity[2] for entity in record.entities)}
+    seen = labels or sorted(found)
     return Dataset(path.name.split(".")[0], records, tuple(seen))

@@ -1,6 +1,5 @@
 """Greedy generation on a transformers model: batched by length, shared prefix encoded once, finished rows dropped."""
 
-import copy
 import logging
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
@@ -10,9 +9,11 @@ from ..bank import ExpertBank
 from ..errors import SamError
 from ..merge.materialise import WeightSwitch
 from ..merge.methods import MergeMethod
+from ..models import auto_model
 from ..plan import TaskModelSpec
 from ..prompts import PromptEncoder, make_format
 from ..quiet import quiet_loading
+from .batches import Batch, CausalBatch, Seq2SeqBatch, causal_step
 from .engine import Completion, Request
 
 logger = logging.getLogger("spacy_sam")
@@ -64,7 +65,7 @@ class TorchEngine:
         local_files_only (bool): Never ask a hub, even for a base that is named by a hub id.
         RAISES: SamError S501 to S503 if device, dtype or base cannot be used; S110 if the base was changed.
         """
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoTokenizer
 
         self.bank = bank
         self.device = resolve_device(device)
@@ -75,7 +76,8 @@ class TorchEngine:
         with quiet_loading():
             try:
                 tokenizer = AutoTokenizer.from_pretrained(source, **kwargs)
-                model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=torch_dtype, **kwargs)
+                loader = auto_model(source, revision, local_files_only)
+                model: Any = loader.from_pretrained(source, dtype=torch_dtype, **kwargs)
             except (OSError, ValueError) as error:
                 raise SamError("S503", path=source, reason=error) from error
         self.model = model.to(self.device).eval()
@@ -161,18 +163,15 @@ class TorchEngine:
 
     @torch.inference_mode()
     def _decode(self, group: _Group, batch: List[_Row]) -> List[Completion]:
-        """Greedy decoding of one batch, padded on the left behind the shared prefix; finished rows leave it."""
-        n_prefix = len(group.prefix)
-        ids, mask = self._pad(batch, n_prefix)
-        positions = (mask.cumsum(1) - 1).clamp_min(0)[:, n_prefix:]
-        cache = self._prefix_cache(group)
-        cache.batch_repeat_interleave(len(batch))
-        limits = [self._limit(len(row.body), n_prefix) for row in batch]
+        """Greedy decoding of one batch; finished rows leave it."""
+        rows = self._open_batch(group, batch)
+        limits = [self._limit(len(row.body), len(group.prefix)) for row in batch]
         tokens: List[List[int]] = [[] for _ in batch]
         logprobs: List[List[float]] = [[] for _ in batch]
         active = list(range(len(batch)))
-        while active:
-            best = self._step(ids, mask, positions, cache).log_softmax(-1).max(-1)
+        logits = rows.first()
+        while True:
+            best = logits.log_softmax(-1).max(-1)
             for number, token, logprob in zip(active, best.indices.tolist(), best.values.tolist()):
                 tokens[number].append(token)
                 logprobs[number].append(logprob)
@@ -181,39 +180,20 @@ class TorchEngine:
                 for place, number in enumerate(active)
                 if tokens[number][-1] not in self.end_ids and len(tokens[number]) < limits[number]
             ]
-            ids, positions = best.indices[:, None], positions[:, -1:] + 1
-            if 0 < len(going_on) < len(active):
-                rows = torch.tensor(going_on, device=self.device)
-                cache.batch_select_indices(rows)
-                ids, mask, positions = ids[rows], mask[rows], positions[rows]
+            if not going_on:
+                break
+            some = len(going_on) < len(active)
             active = [active[place] for place in going_on]
-            mask = torch.cat([mask, mask.new_ones((len(mask), 1))], dim=1)
+            logits = rows.next(best.indices, torch.tensor(going_on, device=self.device) if some else None)
         return [self._completion(t, lp) for t, lp in zip(tokens, logprobs)]
 
-    def _pad(self, batch: List[_Row], n_prefix: int) -> Tuple[torch.Tensor, torch.Tensor]:
-        """Bodies padded on the left [rows, width], and the attention mask with the prefix [rows, n_prefix + width]."""
-        width = max(len(row.body) for row in batch)
-        ids = torch.zeros((len(batch), width), dtype=torch.long)
-        mask = torch.zeros((len(batch), n_prefix + width), dtype=torch.long)
-        mask[:, :n_prefix] = 1
-        for number, row in enumerate(batch):
-            ids[number, width - len(row.body) :] = torch.tensor(row.body)
-            mask[number, n_prefix + width - len(row.body) :] = 1
-        return ids.to(self.device), mask.to(self.device)
-
-    def _step(self, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, cache: Any) -> torch.Tensor:
-        output = self.model(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        return output.logits[:, -1].float()
+    def _open_batch(self, group: _Group, batch: List[_Row]) -> Batch:
+        if self.model.config.is_encoder_decoder:
+            return Seq2SeqBatch(self.model, [[*group.prefix, *row.body] for row in batch])
+        return CausalBatch(self.model, self._prefix_cache(group), len(group.prefix), [row.body for row in batch])
 
     def _prefix_cache(self, group: _Group) -> Any:
-        """A copy of the keys and values of the prompt's shared prefix, encoded once for each task model and labels."""
+        """The keys and values of the prompt's shared prefix, encoded once for each task model and labels."""
         from transformers import DynamicCache
 
         if not group.prefix:
@@ -224,9 +204,9 @@ class TorchEngine:
             cache = DynamicCache(config=self.model.config)
             ids = torch.tensor([group.prefix], device=self.device)
             positions = torch.arange(len(group.prefix), device=self.device)[None]
-            self._step(ids, torch.ones_like(ids), positions, cache)
+            causal_step(self.model, ids, torch.ones_like(ids), positions, cache)
             self._prefixes[group.key] = cache
-        return copy.deepcopy(self._prefixes[group.key])
+        return self._prefixes[group.key]
 
     def _completion(self, tokens: List[int], logprobs: List[float]) -> Completion:
         finished = bool(tokens) and tokens[-1] in self.end_ids

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, Tuple
 
 from ..bank import ExpertBank
+from ..models import auto_model
 from ..plan import Plan, TaskModelSpec
 from ..quiet import quiet_loading
 from .materialise import WeightSwitch
@@ -23,12 +24,12 @@ def write_task_models(
     YIELDS (Tuple[Path, TaskModelSpec]): Each folder when it is written.
     RAISES: SamError S108, S112 or S116 if the plan is for another bank, or for other versions of its experts.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     bank.check_plan(plan)
     source, revision = bank.base
     with quiet_loading():
-        model = AutoModelForCausalLM.from_pretrained(source, revision=revision, dtype="auto")
+        model = auto_model(source, revision).from_pretrained(source, revision=revision, dtype="auto")
         tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
     switch = WeightSwitch(model, bank.load_adapter, resolve)
     out.mkdir(parents=True, exist_ok=True)

@@ -7,6 +7,7 @@ interference of several experts: a stack of one comes back as it is, whatever th
 """
 
 import math
+import zlib
 from dataclasses import dataclass
 from typing import Any, Dict, List, Optional, Protocol, Sequence, Tuple, runtime_checkable
 
@@ -79,6 +80,26 @@ class TaskArithmetic:
         return task_arithmetic(task_vectors, weights, self.scale)
 
 
+@dataclass(frozen=True)
+class Dare:
+    """DARE; see `dare`. RAISES: SamError S401 for a bad density or scale."""
+
+    density: float = 0.5
+    scale: float = 0.4
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check_density(self.density)
+        _check_scale(self.scale)
+
+    @property
+    def config(self) -> Dict[str, Any]:
+        return {"@misc": "spacy_sam.DARE.v1", "density": self.density, "scale": self.scale, "seed": self.seed}
+
+    def __call__(self, task_vectors: Tensor, weights: Optional[Sequence[float]] = None) -> Tensor:
+        return dare(task_vectors, weights, self.density, self.scale, self.seed)
+
+
 def ties(
     task_vectors: Tensor, weights: Optional[Sequence[float]] = None, density: float = 0.2, scale: float = 1.0
 ) -> Tensor:
@@ -120,6 +141,37 @@ def task_arithmetic(task_vectors: Tensor, weights: Optional[Sequence[float]] = N
     if len(vectors) == 1:
         return vectors[0].clone()
     return scale * (_weighted_sum(vectors, relative) * (len(vectors) / sum(relative)))
+
+
+def dare(
+    task_vectors: Tensor,
+    weights: Optional[Sequence[float]] = None,
+    density: float = 0.5,
+    scale: float = 0.4,
+    seed: int = 0,
+) -> Tensor:
+    """Drop entries at random, rescale the rest by 1 / density, and sum as `task_arithmetic` does (DARE, Yu et al. 2023,
+    https://arxiv.org/abs/2311.03099).
+
+    What is dropped depends on the seed and on each task vector's own values: neither on the order of the experts nor
+    on what ran before. Other arguments, result and errors as in `ties`.
+
+    density (float): The chance of an entry to be kept, above 0 and up to 1.
+    seed (int): Of the choice.
+    """
+    _check_density(density)
+    vectors, relative = _prepare(task_vectors, weights, scale)
+    if len(vectors) == 1:
+        return vectors[0].clone()
+    dropped = torch.stack([_drop(vector, density, seed) for vector in vectors])
+    return scale * (_weighted_sum(dropped, relative) * (len(vectors) / sum(relative)))
+
+
+def _drop(vector: Tensor, density: float, seed: int) -> Tensor:
+    content = zlib.crc32(vector.cpu().contiguous().view(torch.uint8).numpy())
+    generator = torch.Generator().manual_seed((seed << 32) + content)
+    kept = torch.rand(vector.shape, generator=generator) < density
+    return torch.where(kept.to(vector.device), vector / density, 0)
 
 
 def trim(task_vectors: Tensor, density: float) -> Tensor:

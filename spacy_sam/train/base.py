@@ -1,65 +1,26 @@
-"""A small base from given weights: a pretrained encoder's knowledge in a standard causal decoder.
+"""A small base from given weights: a pretrained encoder, and a short decoder that starts from its layers.
 
-No small pretrained causal LM has to be fetched. The layers of a BERT-shaped encoder (MiniLM) are the layers of an OPT
-decoder with its normalisation after each block (`do_layer_norm_before=False`, as in OPT-350m), so they are moved over as
-they are; the word vectors move onto a new cased byte-level vocabulary: a token's vector is the mean of the vectors of the
-word pieces that the encoder's tokenizer makes of it. Capital letters and white space, which the encoder throws away,
-can then be learned.
+No small pretrained generative model has to be fetched. The layers of a BERT-shaped encoder (MiniLM) are those of a BART
+encoder, which also normalises after each block, so they are moved over as they are and give what they gave before; the
+decoder's layers start from some of them, attention to the text included (Rothe et al. 2020, arXiv 1907.12461).
 """
 
-from collections import Counter
 from pathlib import Path
-from typing import Any, Dict, Iterable, Iterator, List, Optional
+from typing import Any, List, Sequence, Tuple
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModel,
-    AutoTokenizer,
+    BartConfig,
+    BartForConditionalGeneration,
     LlamaConfig,
     LlamaForCausalLM,
-    OPTConfig,
-    OPTForCausalLM,
     PreTrainedTokenizerFast,
 )
 
-PAD, END = "<|pad|>", "<|end|>"
-POSITION_OFFSET = 2  # OPT keeps its first two position vectors free
-
-
-def build_tokenizer(
-    texts: Iterable[str], vocab_size: int, max_length: int, encoder_path: Optional[Path] = None
-) -> PreTrainedTokenizerFast:
-    """Learn a cased byte-level BPE vocabulary from texts and, if there is an encoder, from the words it knows.
-
-    The encoder's words (in vocabulary order, which is by frequency) are counted in by Zipf's law, as they are and
-    capitalised, so that general English gets whole tokens even where `texts` come from narrow domains.
-
-    texts (Iterable[str]): Training texts.
-    vocab_size (int): Number of tokens, special ones included.
-    max_length (int): The base's context in tokens.
-    encoder_path (Optional[Path]): Folder of the encoder with its tokenizer.
-    RETURNS (PreTrainedTokenizerFast): Lossless on any text; pad and end tokens set.
-    """
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[PAD, END],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    spaced = (f" {text}" for text in texts)
-    tokenizer.train_from_iterator(_with_general_words(spaced, encoder_path) if encoder_path else spaced, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token=PAD,
-        eos_token=END,
-        model_max_length=max_length,
-        padding_side="left",
-        clean_up_tokenization_spaces=False,
-    )
+POSITION_OFFSET = 2  # BART keeps its first two position vectors free
+LOGIT_SCALE = 1.0
+CASE_SPREAD = 0.15  # how far apart the forms of one word piece start, in standard deviations of the vectors
 
 
 def random_llama(tokenizer: PreTrainedTokenizerFast, hidden_size: int, n_layers: int, n_heads: int) -> LlamaForCausalLM:
@@ -79,104 +40,85 @@ def random_llama(tokenizer: PreTrainedTokenizerFast, hidden_size: int, n_layers:
     return LlamaForCausalLM(config)
 
 
-def _with_general_words(texts: Iterable[str], encoder_path: Path) -> Iterator[str]:
-    n_words = 0
-    for text in texts:
-        n_words += text.count(" ") + 1
-        yield text
-    vocab = AutoTokenizer.from_pretrained(encoder_path, local_files_only=True).get_vocab()
-    words = [word for word, _ in sorted(vocab.items(), key=lambda item: item[1]) if word.isalpha() and len(word) > 1]
-    harmonic = sum(1 / (rank + 50) for rank in range(len(words)))
-    counts: Counter = Counter()
-    for rank, word in enumerate(words):
-        count = max(1, round(n_words / harmonic / (rank + 50)))
-        counts[word] += count
-        counts[word.capitalize()] += max(1, count // 4)
-    for word, count in counts.items():
-        yield f" {word}" * count
+def seq2seq_from_encoder(
+    tokenizer: PreTrainedTokenizerFast, pieces: Sequence[Tuple[int, ...]], encoder_path: Path, n_decoder_layers: int
+) -> BartForConditionalGeneration:
+    """Make the encoder-decoder that starts from a BERT-shaped encoder's weights.
 
-
-def decoder_from_encoder(tokenizer: PreTrainedTokenizerFast, encoder_path: Path) -> OPTForCausalLM:
-    """Make the causal decoder that starts from a BERT-shaped encoder's weights.
-
-    tokenizer (PreTrainedTokenizerFast): The vocabulary the decoder is to use.
-    encoder_path (Path): Folder of a `BertModel` with its tokenizer.
-    RETURNS (OPTForCausalLM): float32, input and output embeddings tied, not yet trained as a decoder.
+    tokenizer (PreTrainedTokenizerFast): The vocabulary the model is to use.
+    pieces (Sequence[Tuple[int, ...]]): For each of its tokens, the encoder's word pieces that it stands for.
+    encoder_path (Path): Folder of a `BertModel`.
+    n_decoder_layers (int): Layers of the decoder, started from layers at even distances, the last one among them.
+    RETURNS (BartForConditionalGeneration): float32, all embeddings tied, the decoder not yet trained.
     """
     encoder = AutoModel.from_pretrained(encoder_path, local_files_only=True, dtype=torch.float32)
-    config = OPTConfig(
+    model = BartForConditionalGeneration(_config(encoder.config, tokenizer, n_decoder_layers))
+    with torch.no_grad():
+        model.model.shared.weight.copy_(_word_vectors(encoder, pieces))
+        for part in (model.model.encoder, model.model.decoder):
+            _move_positions(encoder.embeddings, part)
+        for source, target in zip(encoder.encoder.layer, model.model.encoder.layers):
+            _move_layer(source, target)
+        for source, target in zip(_evenly(encoder.encoder.layer, n_decoder_layers), model.model.decoder.layers):
+            _move_layer(source, target)
+            _move_attention(source.attention, target.encoder_attn, target.encoder_attn_layer_norm)
+        last = model.model.decoder.layers[-1].final_layer_norm
+        last.weight.mul_(LOGIT_SCALE)
+        last.bias.mul_(LOGIT_SCALE)
+    return model
+
+
+def _config(encoder: Any, tokenizer: PreTrainedTokenizerFast, n_decoder_layers: int) -> BartConfig:
+    return BartConfig(
         vocab_size=len(tokenizer),
-        hidden_size=encoder.config.hidden_size,
-        num_hidden_layers=encoder.config.num_hidden_layers,
-        ffn_dim=encoder.config.intermediate_size,
-        num_attention_heads=encoder.config.num_attention_heads,
-        max_position_embeddings=encoder.config.max_position_embeddings,
-        activation_function=encoder.config.hidden_act,
-        do_layer_norm_before=False,
+        d_model=encoder.hidden_size,
+        encoder_layers=encoder.num_hidden_layers,
+        decoder_layers=n_decoder_layers,
+        encoder_ffn_dim=encoder.intermediate_size,
+        decoder_ffn_dim=encoder.intermediate_size,
+        encoder_attention_heads=encoder.num_attention_heads,
+        decoder_attention_heads=encoder.num_attention_heads,
+        max_position_embeddings=encoder.max_position_embeddings,
+        activation_function=encoder.hidden_act,
         dropout=0.0,
+        attention_dropout=0.0,
+        activation_dropout=0.0,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
+        decoder_start_token_id=tokenizer.eos_token_id,
+        forced_eos_token_id=None,
     )
-    decoder = OPTForCausalLM(config)
-    with torch.no_grad():
-        _move_embeddings(encoder, decoder, tokenizer, encoder_path)
-        for source, target in zip(encoder.encoder.layer, decoder.model.decoder.layers):
-            _move_layer(source, target)
-        # The tied output layer has no trained head: start with small logits.
-        last = decoder.model.decoder.layers[-1].final_layer_norm
-        last.weight.mul_(0.2)
-        last.bias.mul_(0.2)
-    return decoder
+
+
+def _word_vectors(encoder: Any, pieces: Sequence[Tuple[int, ...]]) -> torch.Tensor:
+    """[vocab, hidden]: the mean of each token's pieces, and a little noise, so that its cased forms can be told apart."""
+    vectors = encoder.embeddings.word_embeddings.weight
+    moved = torch.stack([vectors[list(ids)].mean(0) for ids in pieces])
+    return moved + CASE_SPREAD * vectors.std() * torch.randn(moved.shape)
+
+
+def _move_positions(embeddings: Any, target: Any) -> None:
+    """Position vectors with the vector of the first token type, which every token has, and their normalisation."""
+    placed = embeddings.position_embeddings.weight + embeddings.token_type_embeddings.weight[0]
+    target.embed_positions.weight[POSITION_OFFSET:].copy_(placed)
+    target.layernorm_embedding.load_state_dict(embeddings.LayerNorm.state_dict())
 
 
 def _move_layer(source: Any, target: Any) -> None:
-    pairs = [
-        (source.attention.self.query, target.self_attn.q_proj),
-        (source.attention.self.key, target.self_attn.k_proj),
-        (source.attention.self.value, target.self_attn.v_proj),
-        (source.attention.output.dense, target.self_attn.out_proj),
-        (source.attention.output.LayerNorm, target.self_attn_layer_norm),
-        (source.intermediate.dense, target.fc1),
-        (source.output.dense, target.fc2),
-        (source.output.LayerNorm, target.final_layer_norm),
-    ]
-    for old, new in pairs:
-        new.load_state_dict(old.state_dict())
+    _move_attention(source.attention, target.self_attn, target.self_attn_layer_norm)
+    target.fc1.load_state_dict(source.intermediate.dense.state_dict())
+    target.fc2.load_state_dict(source.output.dense.state_dict())
+    target.final_layer_norm.load_state_dict(source.output.LayerNorm.state_dict())
 
 
-def _move_embeddings(encoder: Any, decoder: OPTForCausalLM, tokenizer: Any, encoder_path: Path) -> None:
-    """Fold the encoder's embedding normalisation, which OPT lacks, into the word and position vectors."""
-    embeddings = encoder.embeddings
-    norm = embeddings.LayerNorm
-    typed = embeddings.word_embeddings.weight + embeddings.token_type_embeddings.weight[0]
-    positions = embeddings.position_embeddings.weight
-    mean_position = positions.mean(0)
-    centred = _mean_piece_vectors(typed, tokenizer, encoder_path) + mean_position
-    spread = centred.std(1, unbiased=False, keepdim=True).clamp_min(1e-6)
-    words = (centred - centred.mean(1, keepdim=True)) / spread * norm.weight + norm.bias
-    shifted = positions - mean_position
-    placed = (shifted - shifted.mean(1, keepdim=True)) / spread.mean() * norm.weight
-    decoder.model.decoder.embed_tokens.weight.copy_(words)
-    decoder.model.decoder.embed_positions.weight[POSITION_OFFSET:].copy_(placed)
+def _move_attention(source: Any, target: Any, norm: Any) -> None:
+    target.q_proj.load_state_dict(source.self.query.state_dict())
+    target.k_proj.load_state_dict(source.self.key.state_dict())
+    target.v_proj.load_state_dict(source.self.value.state_dict())
+    target.out_proj.load_state_dict(source.output.dense.state_dict())
+    norm.load_state_dict(source.output.LayerNorm.state_dict())
 
 
-def _mean_piece_vectors(vectors: torch.Tensor, tokenizer: Any, encoder_path: Path) -> torch.Tensor:
-    """Mean of the encoder's word-piece vectors for each token. RETURNS (Tensor): [vocab, hidden], float32."""
-    pieces = AutoTokenizer.from_pretrained(encoder_path, local_files_only=True)
-    vocab, unknown = pieces.get_vocab(), pieces.unk_token_id
-    rows: List[torch.Tensor] = []
-    for token_id in range(len(tokenizer)):
-        text = tokenizer.decode([token_id])
-        ids = _piece_ids(pieces, vocab, text)
-        known = [i for i in ids if i != unknown]
-        rows.append(vectors[known].mean(0) if known else vectors[unknown])
-    return torch.stack(rows)
-
-
-def _piece_ids(pieces: Any, vocab: Dict[str, int], text: str) -> List[int]:
-    if text.startswith(" ") or not text[:1].isalnum():
-        return pieces(text, add_special_tokens=False)["input_ids"]
-    # No space before it: the token goes on with a word, so ask for its pieces inside one.
-    whole = vocab.get("##" + text.lower())
-    return [whole] if whole is not None else pieces(text, add_special_tokens=False)["input_ids"]
+def _evenly(layers: Sequence[Any], count: int) -> List[Any]:
+    return [layers[(number + 1) * len(layers) // count - 1] for number in range(count)]

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any, Dict, List, Literal, Mapping, Optional, Union
 
 from confection import Config
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from ..errors import SamError
 from ..prompts import LinesFormat
@@ -30,9 +30,10 @@ class BankSection(Section):
 class BaseSection(Section):
     """Where the base comes from.
 
-    kind "hub": a causal LM by path or hub id (`source`, `revision`), used as it is. "encoder": a decoder made from a
-    BERT-shaped encoder (`source`; empty for the offline extra's MiniLM) and a new vocabulary. "random": a small Llama
-    from nothing. The last two are written into the bank, and trained if `[base_training]` says so.
+    kind "hub": a causal LM or an encoder-decoder by path or hub id (`source`, `revision`), used as it is. "encoder": an
+    encoder-decoder made from an uncased BERT-shaped encoder (`source`; empty for the offline extra's MiniLM), with its
+    word pieces in a cased vocabulary. "random": a small Llama from nothing. The last two are written into the bank, and
+    trained if there are `[base_training.STAGE]` sections.
     """
 
     kind: Literal["hub", "encoder", "random"]
@@ -43,6 +44,7 @@ class BaseSection(Section):
     hidden_size: int = Field(default=256, ge=8)
     n_layers: int = Field(default=4, ge=1)
     n_heads: int = Field(default=4, ge=1)
+    n_decoder_layers: int = Field(default=3, ge=1)
 
 
 class LoraSection(Section):
@@ -64,14 +66,25 @@ class RunSection(Section):
     bf16: bool = True
 
     def settings(self, seed: int) -> SftSettings:
-        return SftSettings(**self.model_dump(), seed=seed)
+        return SftSettings(**self.model_dump(include=set(RunSection.model_fields)), seed=seed)
+
+
+class BaseRunSection(RunSection):
+    """One stage of the base's training. corpora: Glob patterns of its texts; empty for the corpora of all domains."""
+
+    corpora: List[str] = []
 
 
 class DataSection(Section):
-    """How examples are made: the longest one in tokens, and the most labels one prompt asks."""
+    """How examples are made.
+
+    max_length: The longest one, in tokens. max_labels: The most labels one prompt asks. aliases: A JSON file of other
+    names for types, `{"type": ["other name", ...]}`, some of which are asked instead.
+    """
 
     max_length: int = Field(default=256, ge=32)
     max_labels: int = Field(default=16, ge=1)
+    aliases: Optional[str] = None
 
 
 class DomainSection(Section):
@@ -82,11 +95,11 @@ class DomainSection(Section):
 
 
 class TrainConfig(Section):
-    """Everything `spacy sam train` needs."""
+    """Everything `spacy sam train` needs. `base_training` are stages by name, run in the order of the file."""
 
     bank: BankSection = BankSection()
     base: BaseSection
-    base_training: Optional[RunSection] = None
+    base_training: Dict[str, BaseRunSection] = {}
     lora: LoraSection = LoraSection()
     expert_training: RunSection
     unified_training: Optional[RunSection] = None
@@ -119,6 +132,18 @@ def read_config(path: Path, overrides: Mapping[str, Any] = {}) -> TrainConfig:
     except ValidationError as error:
         problems = "\n".join(f"  {'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
         raise SamError("S601", path=path, problems=problems) from error
+
+
+def read_aliases(path: Optional[str]) -> Dict[str, List[str]]:
+    """Other names of types. RAISES: SamError S602 if there is no such file, S601 if it is not names by type."""
+    if path is None:
+        return {}
+    if not Path(path).is_file():
+        raise SamError("S602", path=path)
+    try:
+        return TypeAdapter(Dict[str, List[str]]).validate_json(Path(path).read_bytes())
+    except ValidationError as error:
+        raise SamError("S601", path=path, problems=error) from error
 
 
 def expand(patterns: List[str]) -> List[Path]:

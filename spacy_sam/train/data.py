@@ -3,7 +3,7 @@
 import math
 import random
 from dataclasses import dataclass
-from typing import Iterable, Iterator, List, Sequence, Tuple
+from typing import Dict, Iterable, Iterator, List, Mapping, Sequence, Tuple
 
 from ..corpora import Dataset, Entity, Record, load_dataset, read_records
 from ..errors import SamError
@@ -11,6 +11,7 @@ from ..prompts import PromptEncoder
 
 __all__ = ["Dataset", "Example", "Record", "ask", "draw_batches", "encode_example", "load_dataset", "read_records"]
 MAX_TRIED = 5000  # examples drawn in a row of which none fits, before the settings are found impossible
+ALIAS_SHARE = 0.4
 IGNORED = -100  # the label id that torch's cross entropy leaves out
 
 
@@ -18,8 +19,12 @@ def ask(dataset: Dataset, record: Record, rng: random.Random, max_labels: int) -
     """Choose what one training prompt asks, so that the list is read and not memorised.
 
     Half the time all types of the corpus (up to `max_labels`), else a few: present and absent ones, shuffled. Types that
-    are not asked are left out of the answer, so "nothing of this type" is learned.
+    are not asked are left out of the answer, so "nothing of this type" is learned. A record with its own types is asked
+    for these.
     """
+    if record.labels is not None:
+        own = rng.sample(record.labels, min(len(record.labels), max_labels))
+        return own, [entity for entity in record.entities if entity[2] in own]
     present = sorted({label for _, _, label in record.entities if label in dataset.labels})
     absent = [label for label in dataset.labels if label not in present]
     if rng.random() < 0.5:
@@ -31,6 +36,20 @@ def ask(dataset: Dataset, record: Record, rng: random.Random, max_labels: int) -
     rng.shuffle(asked)
     asked = asked[:max_labels]
     return asked, [entity for entity in record.entities if entity[2] in asked]
+
+
+def rename(
+    labels: Sequence[str], entities: Sequence[Entity], aliases: Mapping[str, Sequence[str]], rng: random.Random
+) -> Tuple[List[str], List[Entity]]:
+    """Ask some types by another name, so that a name is understood and not memorised as a code for a corpus's type.
+
+    Each type that has aliases gets one with a chance of ALIAS_SHARE, unless the prompt has that name already.
+    """
+    names: Dict[str, str] = {}
+    for label in labels:
+        free = [alias for alias in aliases.get(label, ()) if alias not in labels and alias not in names.values()]
+        names[label] = rng.choice(free) if free and rng.random() < ALIAS_SHARE else label
+    return [names[label] for label in labels], [(start, end, names[label]) for start, end, label in entities]
 
 
 @dataclass(frozen=True)
@@ -56,18 +75,20 @@ def draw_batches(
     max_length: int,
     max_labels: int,
     seed: int,
+    aliases: Mapping[str, Sequence[str]] = {},
 ) -> List[List[Example]]:
     """Draw the whole schedule of a run: batches of examples of like length under a token budget (padding counted).
 
     Corpora are drawn by the square root of their size, so that small ones are seen; each corpus is shuffled, and again
-    when used up. The schedule depends on the arguments alone, so a resumed run meets the same batches.
+    when used up. `aliases` are other names of types; see `rename`. The schedule depends on the arguments alone, so a
+    resumed run meets the same batches.
 
     RETURNS (List[List[Example]]): No example is longer than `max_length`; one that is over the budget by itself has a
         batch of its own.
     RAISES: SamError S606 if there is nothing to draw from, or nothing fits.
     """
     names = ", ".join(dataset.name for dataset in datasets) or "no corpora"
-    datasets = [dataset for dataset in datasets if dataset.records and dataset.labels]
+    datasets = [dataset for dataset in datasets if dataset.records and (dataset.labels or dataset.records[0].labels)]
     if not datasets:
         raise SamError("S606", names=names, reason="no corpus has both texts and entity types")
     rng = random.Random(seed)
@@ -82,6 +103,7 @@ def draw_batches(
             index = rng.choices(range(len(datasets)), weights)[0]
             record = next(streams[index])
             labels, entities = ask(datasets[index], record, rng, max_labels)
+            labels, entities = rename(labels, entities, aliases, rng)
             example = encode_example(encoder, labels, record.text, entities)
             n_tried += 1
             if labels and len(example.input_ids) <= max_length:

@@ -1,5 +1,6 @@
 """From a config to a bank: base, an expert for each domain, the unified baseline. What is finished is left as it is."""
 
+import json
 import logging
 import random
 import shutil
@@ -13,16 +14,17 @@ from ..adapters import WEIGHTS_FILE
 from ..bank import BANK_FILE, ExpertBank
 from ..corpora import Dataset, load_dataset
 from ..errors import SamError
+from ..models import auto_model
 from ..plan import Centroid, Corpus, Expert
 from ..prompts import PromptEncoder, make_format
 from ..select.encoder import SentenceEncoder, offline_encoder_path
 from ..select.similarity import make_centroid
-from .config import RunSection, TrainConfig, expand
+from .config import RunSection, TrainConfig, expand, read_aliases
 from .data import draw_batches
 from .sft import fine_tune
 
 logger = logging.getLogger("spacy_sam")
-BASE_DIR, UNIFIED = "base", "unified"
+BASE_DIR, UNIFIED, STAGES_FILE = "base", "unified", "base_stages.json"
 Report = Callable[[str], None]
 
 
@@ -80,6 +82,7 @@ class _Run:
         self.domains: Dict[str, List[Dataset]] = {
             name: [load_dataset(path) for path in expand(section.train)] for name, section in config.domains.items()
         }
+        self.aliases = read_aliases(config.data.aliases)
         self.prompt = {
             "name": config.bank.prompt,
             "instruction": config.bank.instruction,
@@ -101,7 +104,7 @@ class _Run:
             self._write_untrained_base()
         self.state.wait_for_everyone()
         if built_here and self.config.base_training:
-            details["base_training"] = self._train_base(self.config.base_training)
+            details["base_training"] = self._train_base()
         if self.state.is_main_process:
             ExpertBank.create(
                 self.out,
@@ -117,7 +120,8 @@ class _Run:
     def _write_untrained_base(self) -> None:
         if (self.out / BASE_DIR / "config.json").is_file():
             return
-        from .base import build_tokenizer, decoder_from_encoder, random_llama
+        from .base import random_llama, seq2seq_from_encoder
+        from .vocab import build_tokenizer, cased_word_pieces
 
         self.say("Base: learning the vocabulary")
         section = self.config.base
@@ -127,22 +131,37 @@ class _Run:
             source = section.source or offline_encoder_path()
             if source is None:
                 raise SamError("S303", reason="[base] source is empty and the offline extra is not installed")
-            tokenizer = build_tokenizer(texts, section.vocab_size, section.context, Path(source))
-            model: Any = decoder_from_encoder(tokenizer, Path(source))
+            tokenizer, pieces = cased_word_pieces(texts, Path(source), section.vocab_size, section.context)
+            model: Any = seq2seq_from_encoder(tokenizer, pieces, Path(source), section.n_decoder_layers)
         else:
             tokenizer = build_tokenizer(texts, section.vocab_size, section.context)
             model = random_llama(tokenizer, section.hidden_size, section.n_layers, section.n_heads)
         self.out.mkdir(parents=True, exist_ok=True)
         save_base(model, tokenizer, self.out / BASE_DIR)
 
-    def _train_base(self, run: RunSection) -> Dict[str, Any]:
-        model, tokenizer = load_base(str(self.out / BASE_DIR), None)
-        n_parameters = sum(parameter.numel() for parameter in model.parameters())
-        self.say(f"Base: {n_parameters / 1e6:.1f} M parameters, {len(self.everything)} corpora")
-        loss = self._fine_tune(model, tokenizer, self.everything, run, self.config.seed, self.work / BASE_DIR)
-        if self.state.is_main_process:
-            save_base(model, tokenizer, self.out / BASE_DIR)
-        return {**run.model_dump(), "loss": loss}
+    def _train_base(self) -> Dict[str, Any]:
+        """Run the stages that are not finished, each on the result of the one before. RETURNS: Settings and losses."""
+        stages = self.config.base_training
+        done: Dict[str, Any] = self._finished_stages()
+        for number, (name, run) in enumerate(stages.items()):
+            if name in done:
+                continue
+            datasets = [load_dataset(path) for path in expand(run.corpora)] if run.corpora else self.everything
+            model, tokenizer = load_base(str(self.out / BASE_DIR), None)
+            n_parameters = sum(parameter.numel() for parameter in model.parameters())
+            self.say(f"Base, stage '{name}': {n_parameters / 1e6:.1f} M parameters, {len(datasets)} corpora")
+            work = self.work / BASE_DIR / name
+            loss = self._fine_tune(model, tokenizer, datasets, run, self.config.seed + number, work)
+            done[name] = {**run.model_dump(exclude={"corpora"}), "loss": loss}
+            if self.state.is_main_process:
+                save_base(model, tokenizer, self.out / BASE_DIR)
+                (self.work / STAGES_FILE).write_text(json.dumps(done, indent=2), encoding="utf8")
+            self.state.wait_for_everyone()
+        return done
+
+    def _finished_stages(self) -> Dict[str, Any]:
+        path = self.work / STAGES_FILE
+        return json.loads(path.read_text(encoding="utf8")) if path.is_file() else {}
 
     def adapter(self, name: str, role: str, datasets: Sequence[Dataset], run: RunSection) -> None:
         """Train one LoRA adapter and put it into the bank, if it is not there."""
@@ -161,7 +180,7 @@ class _Run:
             lora_alpha=section.alpha,  # type: ignore[arg-type]  # peft takes floats, too
             target_modules=section.target_modules,
             bias="none",
-            task_type="CAUSAL_LM",
+            task_type="SEQ_2_SEQ_LM" if base.config.is_encoder_decoder else "CAUSAL_LM",
         )
         model = get_peft_model(base, lora)
         loss = self._fine_tune(model, tokenizer, datasets, run, seed, self.work / name)
@@ -185,6 +204,7 @@ class _Run:
             max_length=self.config.data.max_length,
             max_labels=self.config.data.max_labels,
             seed=seed,
+            aliases=self.aliases,
         )
         settings = run.settings(seed)
         minutes = self.config.save_minutes
@@ -223,10 +243,13 @@ def sample_texts(datasets: Sequence[Dataset], n_texts: int, seed: int) -> List[s
 
 def load_base(source: str, revision: Optional[str]) -> Tuple[Any, Any]:
     """A base in float32 and its tokenizer, for training."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
-    model = AutoModelForCausalLM.from_pretrained(source, revision=revision, dtype=torch.float32)
+    # On the CPU, attention in bfloat16 is several times slower by torch's own kernel than written out.
+    attention = None if torch.cuda.is_available() else "eager"
+    kwargs = {"revision": revision, "dtype": torch.float32, "attn_implementation": attention}
+    model = auto_model(source, revision).from_pretrained(source, **kwargs)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return model, tokenizer

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning of one causal LM on a schedule of batches: full weights or LoRA, by transformers' Trainer."""
+"""Supervised fine-tuning of one language model on a schedule of batches: full weights or LoRA, by transformers' Trainer."""
 
 import hashlib
 import json
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset as TorchDataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -75,6 +76,25 @@ class Collator:
         }
 
 
+class Seq2SeqCollator:
+    """Prompts for the encoder and answers for the decoder, both padded on the right."""
+
+    def __init__(self, pad_id: int) -> None:
+        self.pad_id = pad_id
+
+    def __call__(self, items: List[List[Example]]) -> Dict[str, Any]:
+        (examples,) = items
+        prompts = [torch.tensor(e.input_ids[: e.n_prompt]) for e in examples]
+        answers = [torch.tensor(e.input_ids[e.n_prompt :]) for e in examples]
+        input_ids = pad_sequence(prompts, batch_first=True, padding_value=self.pad_id)
+        lengths = torch.tensor([len(prompt) for prompt in prompts])
+        return {
+            "input_ids": input_ids,
+            "attention_mask": (torch.arange(input_ids.shape[1]) < lengths[:, None]).long(),
+            "labels": pad_sequence(answers, batch_first=True, padding_value=IGNORED),
+        }
+
+
 class SaveEvery(TrainerCallback):
     """Asks for a checkpoint every few minutes, whatever the speed of the machine. The loss up to it is logged into it."""
 
@@ -103,7 +123,7 @@ def fine_tune(
 ) -> float:
     """Train `model` in place on the schedule; continue from the last checkpoint in `work` if there is one.
 
-    model: A causal LM, or a PeftModel around one.
+    model: A causal LM or an encoder-decoder, or a PeftModel around one.
     tokenizer: Its tokenizer, with a pad token.
     batches (Sequence[List[Example]]): One micro-batch for each step and accumulation.
     work (Path): Folder for checkpoints (not the result).
@@ -135,10 +155,11 @@ def fine_tune(
         remove_unused_columns=False,
         dataloader_pin_memory=False,
     )
+    collator = Seq2SeqCollator if model.config.is_encoder_decoder else Collator
     trainer = Trainer(
         model=model,
         args=args,
-        data_collator=Collator(tokenizer.pad_token_id),
+        data_collator=collator(tokenizer.pad_token_id),
         train_dataset=Schedule(batches),
         callbacks=[SaveEvery(save_minutes)],
     )

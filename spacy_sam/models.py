@@ -1,0 +1,18 @@
+"""The base's model class: causal or encoder-decoder, as its config says."""
+
+from typing import Any, Optional
+
+
+def auto_model(source: str, revision: Optional[str] = None, local_files_only: bool = False) -> Any:
+    """The transformers class that loads a base.
+
+    source (str): Folder or hub id.
+    revision (Optional[str]): Of the hub id.
+    local_files_only (bool): Never ask a hub.
+    RETURNS (Any): `AutoModelForSeq2SeqLM` for an encoder-decoder, else `AutoModelForCausalLM`.
+    RAISES: OSError or ValueError, as transformers does, if there is no such model.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+    config = AutoConfig.from_pretrained(source, revision=revision, local_files_only=local_files_only)
+    return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
