@@ -37,6 +37,13 @@ def make_task_arithmetic(scale: float = 0.4) -> "MergeMethod":
     return TaskArithmetic(scale)
 
 
+def make_dare(density: float = 0.5, scale: float = 0.4, seed: int = 0) -> "MergeMethod":
+    """`spacy_sam.DARE.v1`: see `merge.methods.dare`."""
+    from .merge.methods import Dare
+
+    return Dare(density, scale, seed)
+
+
 def make_domain_similarity() -> "Selector":
     """`spacy_sam.DomainSimilarity.v1`: see `select.similarity`."""
     from .select.similarity import DomainSimilarity
