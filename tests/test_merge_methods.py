@@ -13,10 +13,12 @@ from peft.utils.merge_utils import ties as peft_ties
 
 from spacy_sam.errors import SamError
 from spacy_sam.merge.methods import (
+    Dare,
     Mean,
     MergeMethod,
     TaskArithmetic,
     Ties,
+    dare,
     disjoint_mean,
     elect_signs,
     mean,
@@ -27,7 +29,7 @@ from spacy_sam.merge.methods import (
 
 VECTORS = json.loads((Path(__file__).parent / "data" / "ties_vectors.json").read_text(encoding="utf8"))
 CASES = VECTORS["ties"]
-METHODS = [ties, mean, task_arithmetic]
+METHODS = [ties, mean, task_arithmetic, dare]
 DENSITIES = (0.1, 0.2, 0.25, 1 / 3, 0.5, 0.75, 1.0)
 # Multiples of 1/8, and weights of 1/4: every sum is exact in float32, so properties can ask for equal bits, and equal
 # magnitudes and sums of exactly 0 are frequent.
@@ -174,7 +176,7 @@ def test_scale_is_linear(stack, scale):
         torch.testing.assert_close(method(vectors, weights, scale=scale), factor * method(vectors, weights, scale=1.0))
 
 
-@pytest.mark.parametrize("method", [Ties(0.01, 3.0), Mean(0.5), TaskArithmetic(0.4)], ids=lambda m: type(m).__name__)
+@pytest.mark.parametrize("method", [Ties(0.01, 3.0), Mean(0.5), TaskArithmetic(0.4), Dare(0.5)], ids=lambda m: type(m).__name__)
 def test_single_expert_is_returned_as_it_is(method):
     vectors = random_stack(1, 5, 7)
     merged = method(vectors, (0.3,))
@@ -252,7 +254,7 @@ def test_bad_scale(scale):
         with pytest.raises(SamError, match="scale") as caught:
             method(torch.ones(1, 3), scale=scale)
         assert caught.value.code == "S401"
-    for settings in (Ties, Mean, TaskArithmetic):
+    for settings in (Ties, Mean, TaskArithmetic, Dare):
         with pytest.raises(SamError, match="scale"):
             settings(scale=scale)
 
@@ -281,14 +283,42 @@ def test_bad_stack(vectors):
         (Ties(density=0.5, scale=0.7), ties, {"density": 0.5, "scale": 0.7}),
         (Mean(scale=2.0), mean, {"scale": 2.0}),
         (TaskArithmetic(), task_arithmetic, {"scale": 0.4}),
+        (Dare(), dare, {"density": 0.5, "scale": 0.4, "seed": 0}),
+        (Dare(0.1, 1.0, 7), dare, {"density": 0.1, "scale": 1.0, "seed": 7}),
     ],
     ids=str,
 )
 def test_settings_are_functions_with_a_config(method, function, settings):
-    names = {Ties: "spacy_sam.TIES.v1", Mean: "spacy_sam.Mean.v1", TaskArithmetic: "spacy_sam.TaskArithmetic.v1"}
+    names = {Ties: "TIES", Mean: "Mean", TaskArithmetic: "TaskArithmetic", Dare: "DARE"}
     assert isinstance(method, MergeMethod)
-    assert method.config == {"@misc": names[type(method)], **settings}
+    assert method.config == {"@misc": f"spacy_sam.{names[type(method)]}.v1", **settings}
     assert json.loads(json.dumps(method.config)) == method.config
     assert type(method)(**settings) == method
     vectors = random_stack(3, 8, 9)
     assert torch.equal(method(vectors, (3, 2, 1)), function(vectors, (3, 2, 1), **settings))
+
+
+def test_dare_keeps_all_at_density_one():
+    vectors = random_stack(3, 8, 9)
+    assert torch.equal(dare(vectors, density=1.0), task_arithmetic(vectors))
+
+
+def test_dare_keeps_a_share_of_the_entries_rescaled():
+    vectors = random_stack(2, 200, 100)
+    kept = dare(vectors, (1.0, 1e-12), density=0.3, scale=1.0) / (2 * vectors[0])
+    assert (kept.abs() < 1e-6).float().mean() == pytest.approx(0.7, abs=0.02)
+    torch.testing.assert_close(kept[kept.abs() > 1e-6], torch.full_like(kept, 1 / 0.3)[kept.abs() > 1e-6])
+
+
+def test_dare_depends_on_its_seed_and_on_nothing_else():
+    vectors = random_stack(3, 30, 20)
+    first = dare(vectors, seed=1)
+    torch.manual_seed(5)
+    assert torch.equal(first, dare(vectors, seed=1))
+    assert not torch.equal(first, dare(vectors, seed=2))
+
+
+@pytest.mark.parametrize("density", [0, -0.5, 1.5, math.nan, "0.5"])
+def test_bad_dare_density(density):
+    with pytest.raises(SamError, match="density"):
+        Dare(density=density)
