@@ -84,12 +84,22 @@ class Annotator:
         text = completion.text
         if not completion.finished:
             self.counts.unfinished += 1
-            text = text[: text.rfind("\n") + 1]
+            text = self.format.whole_part(text)
         parsed = self.format.parse(text, labels)
-        scored = [Scored(m.label, m.surface, completion.score(m.start, m.end)) for m in parsed.mentions]
-        placed, n_dropped = align(scored, window.text, window.start)
+        shown = self.format.shown(window.text)
+        placed: List[Placed] = []
+        scored: List[Scored] = []
+        for mention in parsed.mentions:
+            score = completion.score(mention.start, mention.end)
+            if mention.at is not None and shown.startswith(mention.surface, mention.at):
+                start = window.start + mention.at
+                placed.append(Placed(start, start + len(mention.surface), mention.label, score))
+            else:
+                scored.append(Scored(mention.label, mention.surface, score))
+        found, n_dropped = align(scored, window.text, window.start)
+        placed = sorted({*placed, *found})
         self.counts.windows += 1
-        self.counts.mentions += len(scored)
+        self.counts.mentions += len(parsed.mentions)
         self.counts.dropped += n_dropped
         self.counts.malformed += parsed.n_malformed
         return placed

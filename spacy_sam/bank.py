@@ -77,7 +77,7 @@ class ExpertBank:
         file = BankFile(
             base, base_hash, dict(prompt), encoder, revision=revision, name=name, details=dict(details or {})
         )
-        _write_json(path / BANK_FILE, to_json(file))
+        write_json(path / BANK_FILE, to_json(file))
         return cls(path)
 
     def __len__(self) -> int:
@@ -204,8 +204,8 @@ class ExpertBank:
         try:
             shutil.copyfile(source / WEIGHTS_FILE, staged / WEIGHTS_FILE)
             config = _read_json(source / CONFIG_FILE)
-            _write_json(staged / CONFIG_FILE, {**config, "base_model_name_or_path": self._base_from_expert()})
-            _write_json(staged / CARD_FILE, to_json(checked))
+            write_json(staged / CONFIG_FILE, {**config, "base_model_name_or_path": self._base_from_expert()})
+            write_json(staged / CARD_FILE, to_json(checked))
             if target.exists():  # left over from an add that was stopped: bank.json does not know it
                 shutil.rmtree(target)
             os.replace(staged, target)
@@ -234,14 +234,14 @@ class ExpertBank:
         file = self.folder(card.name) / CARD_FILE
         if card.base_hash != self.base_hash:
             raise SamError("S105", name=card.name, found=card.base_hash, expected=self.base_hash)
-        _write_json(file, to_json(from_json(Expert, asdict(card), "S102", path=file)))
+        write_json(file, to_json(from_json(Expert, asdict(card), "S102", path=file)))
         self._cards[card.name] = self._read_card(card.name)
 
     def _write_names(self, added: Optional[str] = None, removed: Optional[str] = None) -> None:
         file = _read_bank_file(self.path)  # again: another process may have changed the bank since it was opened
         names = {*file.experts, *filter(None, [added])} - {removed}
         self._file = replace(file, experts=tuple(sorted(names)))
-        _write_json(self.path / BANK_FILE, to_json(self._file))
+        write_json(self.path / BANK_FILE, to_json(self._file))
 
     def _read_card(self, name: str) -> Expert:
         if not NAME.fullmatch(name):
@@ -346,7 +346,7 @@ def _read_json(path: Path) -> Dict[str, Any]:
     return data
 
 
-def _write_json(path: Path, data: Mapping[str, Any]) -> None:
+def write_json(path: Path, data: Mapping[str, Any]) -> None:
     """Write beside and rename, so that a reader never sees half a file."""
     staged = path.with_name(f".{path.name}.{os.getpid()}")
     staged.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf8")

@@ -118,6 +118,8 @@ def _own_labels(row: Dict[str, Any], entities: Sequence[Entity]) -> Optional[Tup
         return None
     if not isinstance(labels, list) or not all(isinstance(label, str) and label for label in labels):
         raise TypeError(f"labels {labels!r} is not a list of names")
+    if len(set(labels)) < len(labels):
+        raise ValueError(f"labels {labels} name a type twice")
     if not {label for _, _, label in entities} <= set(labels):
         raise ValueError(f"labels {labels} lack the type of an entity")
     return tuple(labels)

@@ -34,7 +34,7 @@ def make_merged(
     task_model: int = 1,
     device: Optional[str] = None,
     dtype: Optional[str] = None,
-    max_new_tokens: int = 128,
+    max_new_tokens: int = 320,
     tokens_per_batch: int = 8192,
     local_files_only: bool = False,
 ) -> "MergedModel":

@@ -7,18 +7,23 @@ between them never moves, and every mention keeps the leading space it has in th
 
 import re
 from dataclasses import dataclass
-from typing import Any, ClassVar, Dict, Iterable, List, Mapping, NamedTuple, Sequence, Tuple, Type
+from typing import Any, ClassVar, Dict, Iterable, List, Mapping, NamedTuple, Optional, Sequence, Tuple, Type, Union
 
 from .errors import SamError
 
 
 class Mention(NamedTuple):
-    """What a task model says: a label, the surface it copied, and where in the completion it stands (characters)."""
+    """What a task model says: a label, the surface it copied, and where in the completion it stands (characters).
+
+    at: Where the surface begins in the text if the model repeated the text up to there as it is; None if the format does
+        not tell. Whoever has the text must look.
+    """
 
     label: str
     surface: str
     start: int = 0
     end: int = 0
+    at: Optional[int] = None
 
 
 class Parsed(NamedTuple):
@@ -47,17 +52,21 @@ class LinesFormat:
     instruction: str = ""
     max_labels: int = 16
     name: ClassVar[str] = "spacy_sam.Lines.v1"
+    marks: ClassVar[str] = ""
 
     def prefix(self, labels: Sequence[str]) -> str:
         return f"{self.instruction}Types: {'; '.join(labels)}\nText:"
 
     def groups(self, labels: Sequence[str]) -> List[Tuple[str, ...]]:
         """Labels in the fewest groups of at most `max_labels`, of like size, in order."""
-        n_groups = -(-len(labels) // self.max_labels)
-        return [tuple(labels[i * len(labels) // n_groups : (i + 1) * len(labels) // n_groups]) for i in range(n_groups)]
+        return in_groups(labels, self.max_labels)
+
+    def shown(self, text: str) -> str:
+        """The text as the model sees it: at the same offsets."""
+        return flatten_text(text)
 
     def body(self, text: str) -> str:
-        return f" {flatten_text(text)}\nEntities:\n"
+        return f" {self.shown(text)}\nEntities:\n"
 
     def answer(self, text: str, entities: Iterable[Tuple[int, int, str]]) -> str:
         flat = flatten_text(text)
@@ -80,9 +89,86 @@ class LinesFormat:
             offset += len(line)
         return Parsed(mentions, n_malformed)
 
+    def whole_part(self, completion: str) -> str:
+        """What can be read of a completion that was cut off: its whole lines."""
+        return completion[: completion.rfind("\n") + 1]
 
-PromptFormat = LinesFormat
-FORMATS: Dict[str, Type[LinesFormat]] = {LinesFormat.name: LinesFormat}
+
+@dataclass(frozen=True)
+class InlineFormat:
+    """The text again, with every entity marked where it stands: `The⟨ Tate¦ museum⟩ is in⟨ London¦ city⟩.`
+
+    Every word is a decision (marked or not), which teaches small models more than a short list of what was found does
+    (as in TANL, Paolini et al. 2021, arXiv 2101.05779, and GNER, Ding et al. 2024, arXiv 2402.16602), and repeated words
+    cannot be mixed up. Marks go before the space of a word, so that the text's own tokens stay what they are.
+
+    instruction, max_labels: As in `LinesFormat`.
+    """
+
+    instruction: str = ""
+    max_labels: int = 16
+    name: ClassVar[str] = "spacy_sam.Inline.v1"
+    marks: ClassVar[str] = "⟨¦⟩"
+
+    def prefix(self, labels: Sequence[str]) -> str:
+        return f"{self.instruction}Types: {'; '.join(labels)}\nText:"
+
+    def groups(self, labels: Sequence[str]) -> List[Tuple[str, ...]]:
+        return in_groups(labels, self.max_labels)
+
+    def body(self, text: str) -> str:
+        return f" {self.shown(text)}\n"
+
+    def answer(self, text: str, entities: Iterable[Tuple[int, int, str]]) -> str:
+        """Entities that overlap an earlier one cannot be marked and are left out."""
+        flat = f" {self.shown(text)}"
+        parts: List[str] = []
+        done = 0
+        for start, end, label in sorted(entities, key=lambda e: (e[0], -e[1])):
+            begins = start if flat[start] == " " else start + 1  # `flat` is one character ahead of the text
+            if begins < done:
+                continue
+            parts += [flat[done:begins], "⟨", flat[begins : end + 1], "¦ ", label, "⟩"]
+            done = end + 1
+        return "".join([*parts, flat[done:]])
+
+    def parse(self, completion: str, labels: Sequence[str]) -> Parsed:
+        mentions: List[Mention] = []
+        n_malformed = 0
+        echoed = -1  # characters of the text repeated so far; the answer begins with a space of its own
+        done = 0
+        for found in MARKED.finditer(completion):
+            echoed += found.start() - done
+            done = found.end()
+            marked, label = found["surface"], (found["label"] or "").strip()
+            surface = marked.strip()
+            if surface and label in labels:
+                at = echoed + len(marked) - len(marked.lstrip())
+                mentions.append(Mention(label, surface, found.start(), found.end(), at))
+            else:
+                n_malformed += 1
+            echoed += len(marked)
+        return Parsed(mentions, n_malformed)
+
+    def whole_part(self, completion: str) -> str:
+        """What can be read of a completion that was cut off: as far as the last entity that is closed."""
+        return completion[: completion.rfind("⟩") + 1]
+
+    def shown(self, text: str) -> str:
+        """The text on one line, without the marks: characters that look like them stand for them, at the same offsets."""
+        return flatten_text(text).translate(LOOKALIKES)
+
+
+def in_groups(labels: Sequence[str], size: int) -> List[Tuple[str, ...]]:
+    """Labels in the fewest groups of at most `size`, of like size, in order."""
+    n_groups = -(-len(labels) // size)
+    return [tuple(labels[i * len(labels) // n_groups : (i + 1) * len(labels) // n_groups]) for i in range(n_groups)]
+
+
+MARKED = re.compile("⟨(?P<surface>[^⟨⟩¦]*)(?:¦(?P<label>[^⟨⟩¦]*))?⟩?")
+LOOKALIKES = str.maketrans("⟨¦⟩", "<|>")
+PromptFormat = Union[LinesFormat, InlineFormat]
+FORMATS: Dict[str, Type[Any]] = {cls.name: cls for cls in (LinesFormat, InlineFormat)}
 
 
 def make_format(settings: Mapping[str, Any]) -> PromptFormat:
@@ -135,6 +221,25 @@ class PromptEncoder:
             verbose=False,
         )
         return sorted(start for start, _ in encoded["offset_mapping"])
+
+    def spans(self, text: str) -> Tuple[List[int], List[Tuple[int, int]]]:
+        """Tokens of a text behind the space that prompts put before it, and the characters of it that each one stands for.
+
+        Leading spaces are left out, so a token of nothing else is empty. Tokens of one character have all the same one.
+        """
+        encoded = self.tokenizer(
+            f" {text}",
+            add_special_tokens=False,
+            split_special_tokens=True,
+            return_offsets_mapping=True,
+            verbose=False,
+        )
+        spans: List[Tuple[int, int]] = []
+        for begin, stop in encoded["offset_mapping"]:
+            surface = text[max(begin - 1, 0) : max(stop - 1, 0)]
+            end = max(stop - 1, 0)
+            spans.append((end - len(surface.lstrip(" ")), end))
+        return encoded["input_ids"], spans
 
     def decode(self, tokens: Sequence[int]) -> Tuple[str, List[int]]:
         """Text of generated tokens, and the character at which each one ends in it."""

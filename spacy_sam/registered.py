@@ -85,9 +85,10 @@ class TorchEngineMaker:
 
     device: Optional[str] = None
     dtype: Optional[str] = None
-    max_new_tokens: int = 128
+    max_new_tokens: int = 320
     tokens_per_batch: int = 8192
     local_files_only: bool = False
+    constrained: bool = True
 
     def __post_init__(self) -> None:
         for setting in ("max_new_tokens", "tokens_per_batch"):
@@ -102,12 +103,13 @@ class TorchEngineMaker:
 def make_torch_engine(
     device: Optional[str] = None,
     dtype: Optional[str] = None,
-    max_new_tokens: int = 128,
+    max_new_tokens: int = 320,
     tokens_per_batch: int = 8192,
     local_files_only: bool = False,
+    constrained: bool = True,
 ) -> TorchEngineMaker:
     """`spacy_sam.TorchEngine.v1`: see `generate.torch_engine`."""
-    return TorchEngineMaker(device, dtype, max_new_tokens, tokens_per_batch, local_files_only)
+    return TorchEngineMaker(device, dtype, max_new_tokens, tokens_per_batch, local_files_only, constrained)
 
 
 def resolve_method(config: Dict[str, Any]) -> "MergeMethod":

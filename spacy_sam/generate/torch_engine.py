@@ -14,6 +14,7 @@ from ..plan import TaskModelSpec
 from ..prompts import PromptEncoder, make_format
 from ..quiet import quiet_loading
 from .batches import Batch, CausalBatch, Seq2SeqBatch, causal_step
+from .constrain import Walk, make_grammar
 from .engine import Completion, Request
 
 logger = logging.getLogger("spacy_sam")
@@ -22,10 +23,11 @@ MAX_PREFIXES = 32  # kept at a time, for pipelines that change their labels ofte
 
 
 class _Row(NamedTuple):
-    """One request on its way: where its answer goes, and the tokens of its body."""
+    """One request on its way: where its answer goes, the tokens of its body, and its text where a grammar needs it."""
 
     place: int
     body: List[int]
+    text: Optional[str] = None
 
 
 class _Group(NamedTuple):
@@ -50,9 +52,10 @@ class TorchEngine:
         *,
         device: Optional[str] = None,
         dtype: Optional[str] = None,
-        max_new_tokens: int = 128,
+        max_new_tokens: int = 320,
         tokens_per_batch: int = 8192,
         local_files_only: bool = False,
+        constrained: bool = True,
     ) -> None:
         """Load the base of a bank.
 
@@ -63,6 +66,7 @@ class TorchEngine:
         max_new_tokens (int): The longest answer, in tokens.
         tokens_per_batch (int): Rows times length of a batch, padding and answers included; halved when memory runs out.
         local_files_only (bool): Never ask a hub, even for a base that is named by a hub id.
+        constrained (bool): Keep answers to the grammar of the bank's format, if it has one.
         RAISES: SamError S501 to S503 if device, dtype or base cannot be used; S110 if the base was changed.
         """
         from transformers import AutoTokenizer
@@ -82,6 +86,7 @@ class TorchEngine:
                 raise SamError("S503", path=source, reason=error) from error
         self.model = model.to(self.device).eval()
         self.encoder = PromptEncoder(tokenizer, make_format(bank.prompt))
+        self.grammar = make_grammar(self.encoder) if constrained else None
         self.switch = WeightSwitch(self.model, bank.load_adapter, resolve)
         self.context = int(self.model.config.max_position_embeddings)
         self.max_new_tokens = max_new_tokens
@@ -106,7 +111,7 @@ class TorchEngine:
         for place, request in enumerate(requests):
             group = _Group(request.task_model, request.labels, prefixes[request.labels])
             _, rows = groups.setdefault(group.key, (group, []))
-            rows.append(_Row(place, self.encoder.body(request.text)))
+            rows.append(_Row(place, self.encoder.body(request.text), request.text))
         done: Dict[int, Completion] = {}
         for group, rows in groups.values():
             done.update(self._run_group(group, rows))
@@ -169,12 +174,15 @@ class TorchEngine:
         tokens: List[List[int]] = [[] for _ in batch]
         logprobs: List[List[float]] = [[] for _ in batch]
         active = list(range(len(batch)))
+        walks = self._walks(group, batch)
         logits = rows.first()
         while True:
-            best = logits.log_softmax(-1).max(-1)
-            for number, token, logprob in zip(active, best.indices.tolist(), best.values.tolist()):
+            chosen, scores = choose(logits, [walks[number] for number in active] if walks else None)
+            for number, token, logprob in zip(active, chosen.tolist(), scores.tolist()):
                 tokens[number].append(token)
                 logprobs[number].append(logprob)
+                if walks:
+                    walks[number].advance(token)
             going_on = [
                 place
                 for place, number in enumerate(active)
@@ -184,8 +192,14 @@ class TorchEngine:
                 break
             some = len(going_on) < len(active)
             active = [active[place] for place in going_on]
-            logits = rows.next(best.indices, torch.tensor(going_on, device=self.device) if some else None)
+            logits = rows.next(chosen, torch.tensor(going_on, device=self.device) if some else None)
         return [self._completion(t, lp) for t, lp in zip(tokens, logprobs)]
+
+    def _walks(self, group: _Group, batch: List[_Row]) -> Optional[List[Walk]]:
+        """The grammar's walk of every row; None without a grammar, or for whole prompts of other tasks."""
+        if self.grammar is None or not group.labels:
+            return None
+        return [self.grammar.walk(group.labels, str(row.text)) for row in batch]
 
     def _open_batch(self, group: _Group, batch: List[_Row]) -> Batch:
         if self.model.config.is_encoder_decoder:
@@ -215,6 +229,22 @@ class TorchEngine:
         if finished:
             ends.append(len(text))
         return Completion(text, tuple(logprobs), tuple(ends), finished)
+
+
+def choose(logits: torch.Tensor, walks: Optional[Sequence[Walk]]) -> Tuple[torch.Tensor, torch.Tensor]:
+    """The best token of each row, of those that its grammar allows, and its log-probability among these.
+
+    logits (Tensor): [rows, vocab]. walks (Optional[Sequence[Walk]]): One for each row; None for no grammar.
+    RETURNS (Tuple[Tensor, Tensor]): Token ids and natural log-probabilities, both [rows].
+    """
+    if walks is None:
+        best = logits.log_softmax(-1).max(-1)
+        return best.indices, best.values
+    allowed = [torch.tensor(walk.allowed()) for walk in walks]
+    ids = torch.nn.utils.rnn.pad_sequence(allowed, batch_first=True, padding_value=-1).to(logits.device)
+    scores = logits.gather(1, ids.clamp_min(0)).masked_fill(ids < 0, float("-inf")).log_softmax(-1)
+    best = scores.max(-1)
+    return ids.gather(1, best.indices[:, None])[:, 0], best.values
 
 
 def resolve_device(device: Optional[str]) -> torch.device:

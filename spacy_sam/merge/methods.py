@@ -168,7 +168,7 @@ def dare(
 
 
 def _drop(vector: Tensor, density: float, seed: int) -> Tensor:
-    content = zlib.crc32(vector.cpu().contiguous().view(torch.uint8).numpy(), zlib.crc32(str(seed).encode()))
+    content = zlib.crc32(vector.cpu().contiguous().view(torch.uint8).numpy().tobytes(), zlib.crc32(str(seed).encode()))
     generator = torch.Generator().manual_seed(content)
     kept = torch.rand(vector.shape, generator=generator) < density
     return torch.where(kept.to(vector.device), vector / density, 0)

@@ -70,9 +70,14 @@ class RunSection(Section):
 
 
 class BaseRunSection(RunSection):
-    """One stage of the base's training. corpora: Glob patterns of its texts; empty for the corpora of all domains."""
+    """One stage of the base's training.
+
+    corpora: Glob patterns of its texts; empty for the corpora of all domains. constrained: Take the loss over what the
+    format's grammar allows; without it the model also learns to repeat the text, which teaches a new decoder where to look.
+    """
 
     corpora: List[str] = []
+    constrained: bool = True
 
 
 class DataSection(Section):

@@ -3,10 +3,11 @@
 import math
 import random
 from dataclasses import dataclass
-from typing import Dict, Iterable, Iterator, List, Mapping, Sequence, Tuple
+from typing import Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
 
 from ..corpora import Dataset, Entity, Record, load_dataset, read_records
 from ..errors import SamError
+from ..generate.constrain import Grammar
 from ..prompts import PromptEncoder
 
 __all__ = ["Dataset", "Example", "Record", "ask", "draw_batches", "encode_example", "load_dataset", "read_records"]
@@ -54,16 +55,28 @@ def rename(
 
 @dataclass(frozen=True)
 class Example:
-    """A tokenised prompt with its answer: loss is taken on `input_ids[n_prompt:]`."""
+    """A tokenised prompt with its answer: loss is taken on `input_ids[n_prompt:]`.
+
+    labels, text: What was asked, for the grammar of the answer.
+    """
 
     input_ids: List[int]
     n_prompt: int
+    labels: Tuple[str, ...] = ()
+    text: str = ""
 
 
-def encode_example(encoder: PromptEncoder, labels: Sequence[str], text: str, entities: Iterable[Entity]) -> Example:
-    """Tokenise one prompt and its answer, end token included."""
+def encode_example(
+    encoder: PromptEncoder,
+    labels: Sequence[str],
+    text: str,
+    entities: Sequence[Entity],
+    grammar: Optional[Grammar] = None,
+) -> Optional[Example]:
+    """Tokenise one prompt and its answer, end token included. RETURNS: None if the grammar has no such answer."""
     prompt = encoder.prefix(labels) + encoder.body(text)
-    return Example(prompt + encoder.answer(text, entities), len(prompt))
+    answer = encoder.answer(text, entities) if grammar is None else grammar.answer(labels, text, entities)
+    return Example(prompt + answer, len(prompt), tuple(labels), text) if answer is not None else None
 
 
 def draw_batches(
@@ -76,6 +89,7 @@ def draw_batches(
     max_labels: int,
     seed: int,
     aliases: Mapping[str, Sequence[str]] = {},
+    grammar: Optional[Grammar] = None,
 ) -> List[List[Example]]:
     """Draw the whole schedule of a run: batches of examples of like length under a token budget (padding counted).
 
@@ -104,9 +118,9 @@ def draw_batches(
             record = next(streams[index])
             labels, entities = ask(datasets[index], record, rng, max_labels)
             labels, entities = rename(labels, entities, aliases, rng)
-            example = encode_example(encoder, labels, record.text, entities)
+            example = encode_example(encoder, labels, record.text, entities, grammar)
             n_tried += 1
-            if labels and len(example.input_ids) <= max_length:
+            if labels and example is not None and len(example.input_ids) <= max_length:
                 pool.append(example)
                 n_tried = 0
             elif n_tried == MAX_TRIED:

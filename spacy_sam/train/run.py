@@ -11,9 +11,10 @@ from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 import torch
 
 from ..adapters import WEIGHTS_FILE
-from ..bank import BANK_FILE, ExpertBank
+from ..bank import BANK_FILE, ExpertBank, write_json
 from ..corpora import Dataset, load_dataset
 from ..errors import SamError
+from ..generate.constrain import make_grammar
 from ..models import auto_model
 from ..plan import Centroid, Corpus, Expert
 from ..prompts import PromptEncoder, make_format
@@ -99,12 +100,13 @@ class _Run:
         if (self.out / BANK_FILE).is_file():
             return
         built_here = self.config.base.kind != "hub"
+        stages = self._stage_corpora() if built_here else {}
         details: Dict[str, Any] = {"base_kind": self.config.base.kind, "seed": self.config.seed}
         if built_here and self.state.is_main_process:
             self._write_untrained_base()
         self.state.wait_for_everyone()
-        if built_here and self.config.base_training:
-            details["base_training"] = self._train_base()
+        if stages:
+            details["base_training"] = self._train_base(stages)
         if self.state.is_main_process:
             ExpertBank.create(
                 self.out,
@@ -123,6 +125,7 @@ class _Run:
         from .base import random_llama, seq2seq_from_encoder
         from .vocab import build_tokenizer, cased_word_pieces
 
+        (self.work / STAGES_FILE).unlink(missing_ok=True)  # what they made is gone, if there were any
         self.say("Base: learning the vocabulary")
         section = self.config.base
         torch.manual_seed(self.config.seed)
@@ -131,7 +134,8 @@ class _Run:
             source = section.source or offline_encoder_path()
             if source is None:
                 raise SamError("S303", reason="[base] source is empty and the offline extra is not installed")
-            tokenizer, pieces = cased_word_pieces(texts, Path(source), section.vocab_size, section.context)
+            marks = make_format(self.prompt).marks
+            tokenizer, pieces = cased_word_pieces(texts, Path(source), section.vocab_size, section.context, marks)
             model: Any = seq2seq_from_encoder(tokenizer, pieces, Path(source), section.n_decoder_layers)
         else:
             tokenizer = build_tokenizer(texts, section.vocab_size, section.context)
@@ -139,23 +143,28 @@ class _Run:
         self.out.mkdir(parents=True, exist_ok=True)
         save_base(model, tokenizer, self.out / BASE_DIR)
 
-    def _train_base(self) -> Dict[str, Any]:
+    def _stage_corpora(self) -> Dict[str, List[Dataset]]:
+        """All are read before the first stage begins, so that none turns out to be missing hours later."""
+        stages = self.config.base_training.items()
+        return {name: [load_dataset(p) for p in expand(run.corpora)] or self.everything for name, run in stages}
+
+    def _train_base(self, stages: Dict[str, List[Dataset]]) -> Dict[str, Any]:
         """Run the stages that are not finished, each on the result of the one before. RETURNS: Settings and losses."""
-        stages = self.config.base_training
         done: Dict[str, Any] = self._finished_stages()
-        for number, (name, run) in enumerate(stages.items()):
+        for number, (name, datasets) in enumerate(stages.items()):
             if name in done:
                 continue
-            datasets = [load_dataset(path) for path in expand(run.corpora)] if run.corpora else self.everything
+            run = self.config.base_training[name]
             model, tokenizer = load_base(str(self.out / BASE_DIR), None)
             n_parameters = sum(parameter.numel() for parameter in model.parameters())
             self.say(f"Base, stage '{name}': {n_parameters / 1e6:.1f} M parameters, {len(datasets)} corpora")
             work = self.work / BASE_DIR / name
-            loss = self._fine_tune(model, tokenizer, datasets, run, self.config.seed + number, work)
+            seed = self.config.seed + number
+            loss = self._fine_tune(model, tokenizer, datasets, run, seed, work, constrained=run.constrained)
             done[name] = {**run.model_dump(exclude={"corpora"}), "loss": loss}
             if self.state.is_main_process:
                 save_base(model, tokenizer, self.out / BASE_DIR)
-                (self.work / STAGES_FILE).write_text(json.dumps(done, indent=2), encoding="utf8")
+                write_json(self.work / STAGES_FILE, done)
             self.state.wait_for_everyone()
         return done
 
@@ -194,21 +203,39 @@ class _Run:
         self.state.wait_for_everyone()
 
     def _fine_tune(
-        self, model: Any, tokenizer: Any, datasets: Sequence[Dataset], run: RunSection, seed: int, work: Path
+        self,
+        model: Any,
+        tokenizer: Any,
+        datasets: Sequence[Dataset],
+        run: RunSection,
+        seed: int,
+        work: Path,
+        *,
+        constrained: bool = True,
     ) -> float:
+        encoder = PromptEncoder(tokenizer, make_format(self.prompt))
+        grammar = make_grammar(encoder) if constrained else None
         batches = draw_batches(
             datasets,
-            PromptEncoder(tokenizer, make_format(self.prompt)),
+            encoder,
             n_batches=run.max_steps * run.gradient_accumulation * self.state.num_processes,
             tokens_per_batch=run.tokens_per_batch,
             max_length=self.config.data.max_length,
             max_labels=self.config.data.max_labels,
             seed=seed,
             aliases=self.aliases,
+            grammar=grammar,
         )
-        settings = run.settings(seed)
-        minutes = self.config.save_minutes
-        loss = fine_tune(model, tokenizer, batches, work, settings, save_minutes=minutes, progress=self.progress)
+        loss = fine_tune(
+            model,
+            tokenizer,
+            batches,
+            work,
+            run.settings(seed),
+            grammar=grammar,
+            save_minutes=self.config.save_minutes,
+            progress=self.progress,
+        )
         return round(loss, 4)
 
     def _card(self, bank: ExpertBank, name: str, role: str, datasets: Sequence[Dataset]) -> Expert:

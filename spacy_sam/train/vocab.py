@@ -1,5 +1,7 @@
 """Cased, lossless byte-level vocabularies: BPE learned from texts, or an encoder's own word pieces with capitals."""
 
+import string
+import unicodedata
 from collections import Counter
 from pathlib import Path
 from typing import Dict, Iterable, Iterator, List, NamedTuple, Tuple
@@ -42,7 +44,9 @@ class PieceVocabulary(NamedTuple):
     pieces: List[Tuple[int, ...]]
 
 
-def cased_word_pieces(texts: Iterable[str], encoder_path: Path, vocab_size: int, max_length: int) -> PieceVocabulary:
+def cased_word_pieces(
+    texts: Iterable[str], encoder_path: Path, vocab_size: int, max_length: int, marks: str = ""
+) -> PieceVocabulary:
     """Make a cased vocabulary out of an uncased encoder's word pieces.
 
     A text is cut where the encoder's tokenizer cuts it, so that the encoder's vectors fit as they are. Each piece may be
@@ -53,6 +57,7 @@ def cased_word_pieces(texts: Iterable[str], encoder_path: Path, vocab_size: int,
     encoder_path (Path): Folder of a BERT-shaped, uncased encoder's tokenizer.
     vocab_size (int): Number of tokens, special ones and the 256 bytes included.
     max_length (int): The base's context in tokens.
+    marks (str): Characters of the answer format that get tokens of their own.
     RETURNS (PieceVocabulary): Lossless on any text; bytes have the pieces of their character, or the unknown one.
     """
     encoder = AutoTokenizer.from_pretrained(encoder_path, local_files_only=True)
@@ -62,8 +67,9 @@ def cased_word_pieces(texts: Iterable[str], encoder_path: Path, vocab_size: int,
     for form, count in _general_counts(pieces, sum(counts.values())):
         counts[form] += count
     ranked = sorted(forms, key=lambda form: (-counts[form], forms[form], form))
-    alphabet = _alphabet()
-    kept = [form for form in ranked if form not in set(alphabet)][: vocab_size - len(alphabet) - 2]
+    alphabet = [*_alphabet(), *map(_bytes, marks)]
+    bytes_ = set(alphabet)
+    kept = [form for form in ranked if form not in bytes_][: vocab_size - len(alphabet) - 2]
     vocabulary = [PAD, END, *alphabet, *kept]
     unknown = (encoder.unk_token_id,)
     sources = [forms.get(token, unknown) for token in vocabulary]
@@ -78,6 +84,8 @@ def _forms(pieces: Dict[str, int]) -> Dict[str, Tuple[int, ...]]:
             continue
         inside = piece.startswith(CONTINUES) and len(piece) > len(CONTINUES)
         text = piece[len(CONTINUES) :] if inside else piece
+        if inside and _is_sign(text):
+            continue  # the encoder's tokenizer parts signs from words, so this piece was never used
         for form in dict.fromkeys((text, text.capitalize(), text.upper())):
             if form.lower() != text:
                 continue
@@ -87,6 +95,11 @@ def _forms(pieces: Dict[str, int]) -> Dict[str, Tuple[int, ...]]:
             else:  # a form without a space is inside a word more often than after a sign
                 found[_bytes(form)] = (number,)
     return found
+
+
+def _is_sign(text: str) -> bool:
+    """Whether a text is what a BERT tokenizer takes for punctuation."""
+    return len(text) == 1 and (text in string.punctuation or unicodedata.category(text).startswith("P"))
 
 
 def _general_counts(pieces: Dict[str, int], n_tokens: int) -> Iterator[Tuple[str, int]]:

@@ -1,0 +1,133 @@
+"""The inline format: the text again with its entities marked, and where they are found in it."""
+
+from typing import List, Tuple
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from spacy_sam.annotate import Annotator
+from spacy_sam.generate.engine import Completion, Request
+from spacy_sam.plan import TaskModelSpec
+from spacy_sam.prompts import InlineFormat, Mention, flatten_text, make_format
+from spacy_sam.windows import Window
+
+FORMAT = InlineFormat()
+LABELS = ("city", "gene or protein", "a|b")
+Spans = List[Tuple[int, int, str]]
+texts = st.text(alphabet=st.sampled_from(list("ab ⟨¦⟩|.\n\u2028(é東")), min_size=1, max_size=30)
+
+
+@st.composite
+def annotated(draw) -> Tuple[str, Spans]:
+    """A text and entities in it: in order, apart, with no white space at their ends."""
+    text = draw(texts)
+    cuts = sorted(draw(st.lists(st.integers(0, len(text)), max_size=8, unique=True)))
+    spans = [(start, end, draw(st.sampled_from(LABELS))) for start, end in zip(cuts[::2], cuts[1::2])]
+    return text, [(s, e, label) for s, e, label in spans if text[s:e] == text[s:e].strip()]
+
+
+def spans_of(mentions: List[Mention]) -> Spans:
+    return [(m.at, m.at + len(m.surface), m.label) for m in mentions if m.at is not None]
+
+
+def test_inline_marks_stand_before_the_space():
+    text = "The Tate is (IL-2) in London."
+    spans = [(4, 8, "museum"), (13, 17, "protein"), (22, 28, "city")]
+    assert FORMAT.answer(text, spans) == " The⟨ Tate¦ museum⟩ is (⟨IL-2¦ protein⟩) in⟨ London¦ city⟩."
+
+
+@given(annotated())
+def test_inline_answer_is_read_back(example):
+    text, spans = example
+    parsed = FORMAT.parse(FORMAT.answer(text, spans), LABELS)
+    assert (spans_of(parsed.mentions), parsed.n_malformed) == (spans, 0)
+
+
+@given(annotated())
+def test_inline_answer_without_its_marks_is_the_body(example):
+    text, _ = example
+    assert FORMAT.body(text) == FORMAT.answer(text, []) + "\n"
+    assert len(FORMAT.answer(text, [])) == len(flatten_text(text)) + 1
+
+
+def test_inline_overlaps_are_left_out():
+    answer = FORMAT.answer("New York City", [(0, 13, "city"), (4, 8, "county"), (9, 13, "town")])
+    assert answer == "⟨ New York City¦ city⟩"
+
+
+@given(st.text(alphabet="ab ⟨¦⟩c", max_size=40))
+def test_inline_parser_never_fails(completion):
+    for mention in FORMAT.parse(completion, ["a", "b c"]).mentions:
+        assert mention.label in ("a", "b c")
+        assert mention.surface in completion[mention.start : mention.end]
+
+
+@pytest.mark.parametrize(
+    ("completion", "surfaces", "n_malformed"),
+    [
+        (" in⟨ Rome¦ town⟩", [], 1),  # not asked
+        (" in⟨ Rome⟩ x⟨ Oslo¦ city⟩", ["Oslo"], 1),  # no label
+        (" in⟨¦ city⟩", [], 1),  # nothing marked
+        (" in⟨ Rome¦ city", ["Rome"], 0),  # not closed
+        (" in⟨ Rome⟨ Oslo¦ city⟩", ["Oslo"], 1),  # begun twice
+    ],
+)
+def test_inline_parser_takes_what_it_can(completion, surfaces, n_malformed):
+    parsed = FORMAT.parse(completion, LABELS)
+    assert ([m.surface for m in parsed.mentions], parsed.n_malformed) == (surfaces, n_malformed)
+
+
+def test_inline_whole_part_ends_with_the_last_closed_entity():
+    assert FORMAT.whole_part(" a⟨ b¦ city⟩ c⟨ d¦ ci") == " a⟨ b¦ city⟩"
+    assert FORMAT.whole_part(" a b c") == ""
+
+
+def test_inline_format_by_name():
+    settings = {"name": "spacy_sam.Inline.v1", "instruction": "Do.", "max_labels": 3}
+    assert make_format(settings) == InlineFormat("Do.", 3)
+
+
+class OneAnswer:
+    """An engine that always writes the same."""
+
+    context = 512
+
+    def __init__(self, answer: str, finished: bool = True) -> None:
+        self.completion = Completion(answer, (-0.1,) * len(answer), tuple(range(1, len(answer) + 1)), finished)
+
+    def generate(self, requests: List[Request]) -> List[Completion]:
+        return [self.completion] * len(requests)
+
+
+def find(text: str, answer: str, start: int = 0, finished: bool = True) -> Tuple[Spans, Annotator]:
+    annotator = Annotator(OneAnswer(answer, finished), FORMAT)  # type: ignore[arg-type]
+    (found,) = annotator.annotate([TaskModelSpec()], LABELS, [Window(text, start)])
+    return [(c.start, c.end, c.label) for c in found], annotator
+
+
+@given(annotated(), st.integers(0, 50))
+def test_inline_annotation_is_exact(example, start):
+    text, spans = example
+    found, annotator = find(text, FORMAT.answer(text, spans), start)
+    assert found == [(s + start, e + start, label) for s, e, label in spans]
+    assert annotator.counts.dropped == 0
+
+
+def test_inline_repeated_words_are_not_mixed_up():
+    text = "Paris met Paris in Paris."
+    assert find(text, " Paris met Paris in⟨ Paris¦ city⟩.")[0] == [(19, 24, "city")]
+
+
+def test_inline_slip_in_the_echo_is_searched_for():
+    """A word was lost before the entity, so it is placed by its surface."""
+    text = "We all met in Paris today."
+    found, annotator = find(text, " We met in⟨ Paris¦ city⟩ today⟨ morning¦ city⟩.")
+    assert found == [(14, 19, "city")]
+    assert annotator.counts.dropped == 1
+
+
+def test_inline_unfinished_answer_keeps_what_is_closed():
+    found, annotator = find("Oslo and Rome", "⟨ Oslo¦ city⟩ and⟨ Rome¦ ci", finished=False)
+    assert found == [(0, 4, "city")]
+    assert annotator.counts.unfinished == 1
