@@ -69,6 +69,8 @@ MESSAGES = {
     "S605": "{path} holds a run with other settings ({changed}). Continue it with the same config, or give another folder.",
     "S606": "No training example can be made of {names}: {reason}. "
     "Give corpora with annotated texts, or raise 'max_length'.",
+    "S607": "There is no WordNet at {path}: it has no 'data.noun' and 'index.noun'. Give the 'dict' folder of WordNet 3.0 "
+    "(Debian's package 'wordnet-base' puts it in /usr/share/wordnet).",
     # Component
     "S701": "There is no plan yet and selection is 'manual'. Call nlp.get_pipe('{name}').select(texts) first, "
     "or load a pipeline that was saved with a plan.",

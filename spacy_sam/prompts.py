@@ -96,11 +96,12 @@ class LinesFormat:
 
 @dataclass(frozen=True)
 class InlineFormat:
-    """The text again, with every entity marked where it stands: `The⟨ Tate¦ museum⟩ is in⟨ London¦ city⟩.`
+    """The text again, with a mark behind every word of an entity: `The Tate⟨ museum⟩ is in New⟨ city⟩ York¦.`
 
-    Every word is a decision (marked or not), which teaches small models more than a short list of what was found does
-    (as in TANL, Paolini et al. 2021, arXiv 2101.05779, and GNER, Ding et al. 2024, arXiv 2402.16602), and repeated words
-    cannot be mixed up. Marks go before the space of a word, so that the text's own tokens stay what they are.
+    The first word is followed by the label, the others by a bar. So every word is a decision (marked or not), made when the
+    word has been read, which teaches small models more than a short list of what was found does (as in GNER, Ding et al.
+    2024, arXiv 2402.16602), and repeated words cannot be mixed up. A word is a run of letters and digits, or any other
+    character that is not white space.
 
     instruction, max_labels: As in `LinesFormat`.
     """
@@ -116,47 +117,73 @@ class InlineFormat:
     def groups(self, labels: Sequence[str]) -> List[Tuple[str, ...]]:
         return in_groups(labels, self.max_labels)
 
+    def shown(self, text: str) -> str:
+        """The text on one line, without the marks: characters that look like them stand for them, at the same offsets."""
+        return flatten_text(text).translate(LOOKALIKES)
+
     def body(self, text: str) -> str:
         return f" {self.shown(text)}\n"
 
     def answer(self, text: str, entities: Iterable[Tuple[int, int, str]]) -> str:
-        """Entities that overlap an earlier one cannot be marked and are left out."""
-        flat = f" {self.shown(text)}"
-        parts: List[str] = []
+        """Entities that overlap an earlier one, or do not begin and end with whole words, cannot be marked: left out."""
+        shown = self.shown(text)
+        parts: List[str] = [" "]
         done = 0
         for start, end, label in sorted(entities, key=lambda e: (e[0], -e[1])):
-            begins = start if flat[start] == " " else start + 1  # `flat` is one character ahead of the text
-            if begins < done:
+            ends = [at for at in range(start + 1, end + 1) if ends_word(shown, at)]
+            if start < done or not begins_word(shown, start) or ends[-1:] != [end]:
                 continue
-            parts += [flat[done:begins], "⟨", flat[begins : end + 1], "¦ ", label, "⟩"]
-            done = end + 1
-        return "".join([*parts, flat[done:]])
+            parts += [shown[done : ends[0]], f"⟨ {label}⟩"]
+            parts += [f"{shown[before:after]}¦" for before, after in zip(ends, ends[1:])]
+            done = end
+        return "".join([*parts, shown[done:]])
 
     def parse(self, completion: str, labels: Sequence[str]) -> Parsed:
         mentions: List[Mention] = []
         n_malformed = 0
-        echoed = -1  # characters of the text repeated so far; the answer begins with a space of its own
-        done = 0
+        echoed = ""  # the text as repeated so far, behind a space of its own
         for found in MARKED.finditer(completion):
-            echoed += found.start() - done
-            done = found.end()
-            marked, label = found["surface"], (found["label"] or "").strip()
-            surface = marked.strip()
-            if surface and label in labels:
-                at = echoed + len(marked) - len(marked.lstrip())
-                mentions.append(Mention(label, surface, found.start(), found.end(), at))
-            else:
-                n_malformed += 1
-            echoed += len(marked)
+            piece, label = found["piece"], found["label"]
+            echoed += piece
+            if label is not None:
+                start = _last_word(echoed)
+                if label.strip() in labels and start < len(echoed):
+                    mentions.append(Mention(label.strip(), echoed[start:], found.start(), found.end(), start - 1))
+                    continue
+            elif mentions and mentions[-1].end == found.start() and piece[_last_word(piece) :] == piece.strip() != "":
+                last = mentions.pop()
+                mentions.append(last._replace(surface=last.surface + piece, end=found.end()))
+                continue
+            n_malformed += 1
         return Parsed(mentions, n_malformed)
 
     def whole_part(self, completion: str) -> str:
-        """What can be read of a completion that was cut off: as far as the last entity that is closed."""
-        return completion[: completion.rfind("⟩") + 1]
+        """What can be read of a completion that was cut off: as far as the last mark."""
+        return completion[: max(completion.rfind("⟩"), completion.rfind("¦")) + 1]
 
-    def shown(self, text: str) -> str:
-        """The text on one line, without the marks: characters that look like them stand for them, at the same offsets."""
-        return flatten_text(text).translate(LOOKALIKES)
+
+def begins_word(text: str, at: int) -> bool:
+    """Whether a word begins at this character."""
+    return at < len(text) and not text[at].isspace() and not _in_word(text, at)
+
+
+def ends_word(text: str, at: int) -> bool:
+    """Whether a word ends before this character."""
+    return at > 0 and not text[at - 1].isspace() and not _in_word(text, at)
+
+
+def _in_word(text: str, at: int) -> bool:
+    return 0 < at < len(text) and text[at - 1].isalnum() and text[at].isalnum()
+
+
+def _last_word(text: str) -> int:
+    """Where the word at the end of a text begins: its length if it ends with white space."""
+    if not text or text[-1].isspace():
+        return len(text)
+    start = len(text) - 1
+    while _in_word(text, start):
+        start -= 1
+    return start
 
 
 def in_groups(labels: Sequence[str], size: int) -> List[Tuple[str, ...]]:
@@ -165,7 +192,7 @@ def in_groups(labels: Sequence[str], size: int) -> List[Tuple[str, ...]]:
     return [tuple(labels[i * len(labels) // n_groups : (i + 1) * len(labels) // n_groups]) for i in range(n_groups)]
 
 
-MARKED = re.compile("⟨(?P<surface>[^⟨⟩¦]*)(?:¦(?P<label>[^⟨⟩¦]*))?⟩?")
+MARKED = re.compile("(?P<piece>[^⟨⟩¦]*)(?:⟨(?P<label>[^⟨⟩¦]*)⟩|[⟨⟩¦])")
 LOOKALIKES = str.maketrans("⟨¦⟩", "<|>")
 PromptFormat = Union[LinesFormat, InlineFormat]
 FORMATS: Dict[str, Type[Any]] = {cls.name: cls for cls in (LinesFormat, InlineFormat)}

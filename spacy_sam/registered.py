@@ -51,6 +51,13 @@ def make_domain_similarity() -> "Selector":
     return DomainSimilarity()
 
 
+def make_type_similarity() -> "Selector":
+    """`spacy_sam.TypeSimilarity.v1`: see `select.types`."""
+    from .select.types import TypeSimilarity
+
+    return TypeSimilarity()
+
+
 def make_sampling_evaluation(sample_size: int = 10) -> "Selector":
     """`spacy_sam.SamplingEvaluation.v1`: see `select.sampling`."""
     from .select.sampling import SamplingEvaluation

@@ -84,7 +84,7 @@ def test_known_answer_is_the_formats():
         [(0, 2, "city")],  # ends inside one
         [(0, 8, "city"), (4, 8, "gene")],  # overlap
         [(3, 8, "city")],  # a space at its beginning
-        [(0, 4, "city")],  # and at its end
+        [(0, 4, "city")],  # and one at its end
     ],
 )
 def test_answers_that_the_grammar_lacks(grammar, spans):

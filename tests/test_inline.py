@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from spacy_sam.annotate import Annotator
 from spacy_sam.generate.engine import Completion, Request
 from spacy_sam.plan import TaskModelSpec
-from spacy_sam.prompts import InlineFormat, Mention, flatten_text, make_format
+from spacy_sam.prompts import InlineFormat, Mention, begins_word, ends_word, flatten_text, make_format
 from spacy_sam.windows import Window
 
 FORMAT = InlineFormat()
@@ -24,17 +24,18 @@ def annotated(draw) -> Tuple[str, Spans]:
     text = draw(texts)
     cuts = sorted(draw(st.lists(st.integers(0, len(text)), max_size=8, unique=True)))
     spans = [(start, end, draw(st.sampled_from(LABELS))) for start, end in zip(cuts[::2], cuts[1::2])]
-    return text, [(s, e, label) for s, e, label in spans if text[s:e] == text[s:e].strip()]
+    shown = FORMAT.shown(text)
+    return text, [(s, e, label) for s, e, label in spans if s < e and begins_word(shown, s) and ends_word(shown, e)]
 
 
 def spans_of(mentions: List[Mention]) -> Spans:
     return [(m.at, m.at + len(m.surface), m.label) for m in mentions if m.at is not None]
 
 
-def test_inline_marks_stand_before_the_space():
+def test_inline_marks_stand_behind_words():
     text = "The Tate is (IL-2) in London."
     spans = [(4, 8, "museum"), (13, 17, "protein"), (22, 28, "city")]
-    assert FORMAT.answer(text, spans) == " The⟨ Tate¦ museum⟩ is (⟨IL-2¦ protein⟩) in⟨ London¦ city⟩."
+    assert FORMAT.answer(text, spans) == " The Tate⟨ museum⟩ is (IL⟨ protein⟩-¦2¦) in London⟨ city⟩."
 
 
 @given(annotated())
@@ -51,9 +52,16 @@ def test_inline_answer_without_its_marks_is_the_body(example):
     assert len(FORMAT.answer(text, [])) == len(flatten_text(text)) + 1
 
 
-def test_inline_overlaps_are_left_out():
+def test_inline_overlaps_and_parts_of_words_are_left_out():
     answer = FORMAT.answer("New York City", [(0, 13, "city"), (4, 8, "county"), (9, 13, "town")])
-    assert answer == "⟨ New York City¦ city⟩"
+    assert answer == " New⟨ city⟩ York¦ City¦"
+    assert FORMAT.answer("New York", [(1, 3, "city"), (0, 2, "city"), (3, 8, "city"), (0, 4, "city")]) == " New York"
+
+
+def test_inline_entities_side_by_side_are_two():
+    answer = FORMAT.answer("Rome Oslo", [(0, 4, "city"), (5, 9, "city")])
+    assert answer == " Rome⟨ city⟩ Oslo⟨ city⟩"
+    assert spans_of(FORMAT.parse(answer, LABELS).mentions) == [(0, 4, "city"), (5, 9, "city")]
 
 
 @given(st.text(alphabet="ab ⟨¦⟩c", max_size=40))
@@ -66,11 +74,15 @@ def test_inline_parser_never_fails(completion):
 @pytest.mark.parametrize(
     ("completion", "surfaces", "n_malformed"),
     [
-        (" in⟨ Rome¦ town⟩", [], 1),  # not asked
-        (" in⟨ Rome⟩ x⟨ Oslo¦ city⟩", ["Oslo"], 1),  # no label
-        (" in⟨¦ city⟩", [], 1),  # nothing marked
-        (" in⟨ Rome¦ city", ["Rome"], 0),  # not closed
-        (" in⟨ Rome⟨ Oslo¦ city⟩", ["Oslo"], 1),  # begun twice
+        (" in Rome⟨ town⟩", [], 1),  # not asked
+        (" in Rome⟨⟩ x Oslo⟨ city⟩", ["Oslo"], 1),  # no label
+        ("⟨ city⟩", [], 1),  # nothing before the mark
+        (" in Rome⟨ city", [], 1),  # not closed
+        (" in Rome⟨ Oslo⟨ city⟩", ["Oslo"], 1),  # begun twice
+        (" New⟨ city⟩ York City¦", ["New"], 1),  # a bar that skips a word
+        (" New York¦", [], 1),  # a bar without a beginning
+        (" New⟨ town⟩ York¦", [], 2),
+        (" New⟨ city⟩¦ York¦", ["New"], 2),
     ],
 )
 def test_inline_parser_takes_what_it_can(completion, surfaces, n_malformed):
@@ -78,8 +90,9 @@ def test_inline_parser_takes_what_it_can(completion, surfaces, n_malformed):
     assert ([m.surface for m in parsed.mentions], parsed.n_malformed) == (surfaces, n_malformed)
 
 
-def test_inline_whole_part_ends_with_the_last_closed_entity():
-    assert FORMAT.whole_part(" a⟨ b¦ city⟩ c⟨ d¦ ci") == " a⟨ b¦ city⟩"
+def test_inline_whole_part_ends_with_the_last_mark():
+    assert FORMAT.whole_part(" a b⟨ city⟩ c d⟨ ci") == " a b⟨ city⟩"
+    assert FORMAT.whole_part(" a⟨ city⟩ b¦ c") == " a⟨ city⟩ b¦"
     assert FORMAT.whole_part(" a b c") == ""
 
 
@@ -116,18 +129,18 @@ def test_inline_annotation_is_exact(example, start):
 
 def test_inline_repeated_words_are_not_mixed_up():
     text = "Paris met Paris in Paris."
-    assert find(text, " Paris met Paris in⟨ Paris¦ city⟩.")[0] == [(19, 24, "city")]
+    assert find(text, " Paris met Paris in Paris⟨ city⟩.")[0] == [(19, 24, "city")]
 
 
 def test_inline_slip_in_the_echo_is_searched_for():
     """A word was lost before the entity, so it is placed by its surface."""
     text = "We all met in Paris today."
-    found, annotator = find(text, " We met in⟨ Paris¦ city⟩ today⟨ morning¦ city⟩.")
+    found, annotator = find(text, " We met in Paris⟨ city⟩ today morning⟨ city⟩.")
     assert found == [(14, 19, "city")]
     assert annotator.counts.dropped == 1
 
 
 def test_inline_unfinished_answer_keeps_what_is_closed():
-    found, annotator = find("Oslo and Rome", "⟨ Oslo¦ city⟩ and⟨ Rome¦ ci", finished=False)
+    found, annotator = find("Oslo and Rome", " Oslo⟨ city⟩ and Rome⟨ ci", finished=False)
     assert found == [(0, 4, "city")]
     assert annotator.counts.unfinished == 1

@@ -6,7 +6,7 @@ The same grammar serves training, where the loss is taken over what it allows: w
 from typing import Dict, Iterable, List, NamedTuple, Optional, Protocol, Sequence, Tuple
 
 from ..corpora import Entity
-from ..prompts import InlineFormat, PromptEncoder
+from ..prompts import InlineFormat, PromptEncoder, begins_word, ends_word
 
 Tokens = Tuple[int, ...]
 
@@ -38,27 +38,18 @@ class Trie(NamedTuple):
 
 
 class Source(NamedTuple):
-    """A text's tokens, and before which of them (or at the end) an entity may begin and end.
-
-    starts, ends: Characters of the text at which each token's own begin and end, its space left out.
-    """
+    """A text's tokens, where each begins and ends in it (its space left out), and after which of them a word ends."""
 
     tokens: Tokens
     starts: Tuple[int, ...]
     ends: Tuple[int, ...]
-    may_begin: Tuple[bool, ...]
-    may_end: Tuple[bool, ...]
-
-    @property
-    def last_end(self) -> int:
-        """Where an open entity must end at the latest; spaces may follow."""
-        return max((at for at, may in enumerate(self.may_end) if may), default=0)
+    ends_word: Tuple[bool, ...]
 
 
 class InlineGrammar:
-    """The grammar of `prompts.InlineFormat`: the text token by token, with marks around entities and an asked label in each.
+    """The grammar of `prompts.InlineFormat`: the text token by token, with marks behind words and an asked label in each.
 
-    Entities begin and end on word boundaries, are not empty, and do not overlap.
+    Entities are whole words, are not empty, and do not overlap.
     """
 
     def __init__(self, encoder: PromptEncoder) -> None:
@@ -74,30 +65,33 @@ class InlineGrammar:
         return InlineWalk(self, self.source(text), self._trie(labels))
 
     def answer(self, labels: Sequence[str], text: str, entities: Iterable[Entity]) -> Optional[List[int]]:
-        """Tokens of a known answer, end token included; None if an entity is not on word boundaries, or two overlap."""
-        source = self.source(text)
-        begins = {start: at for at, start in enumerate(source.starts) if source.may_begin[at]}
-        stops = {end: at + 1 for at, end in enumerate(source.ends) if source.may_end[at + 1]}
-        tokens: List[int] = []
+        """Tokens of a known answer, end token included; None if an entity is not of whole words, or two overlap."""
+        shown = self.encoder.format.shown(text)
+        source = self._source(shown)
+        firsts = {start: at for at, (start, end) in enumerate(zip(source.starts, source.ends)) if start < end}
+        lasts = {end: at for at, end in enumerate(source.ends) if source.ends_word[at]}
+        marks: Dict[int, Tokens] = {}
         done = 0
         for start, end, label in sorted(entities):
-            first, last = begins.get(start), stops.get(end)
-            if first is None or last is None or not done <= first < last:
+            words = [at for at in range(start + 1, end + 1) if ends_word(shown, at)]
+            whole = start in firsts and begins_word(shown, start) and words[-1:] == [end]
+            if not whole or start < done or any(at not in lasts for at in words):
                 return None
-            marked = source.tokens[first:last]
-            tokens += [*source.tokens[done:first], *self.opening, *marked, *self.middle, *self._label(label)]
-            done = last
-        return [*tokens, *source.tokens[done:], self.end_id]
+            marks.update({lasts[at]: self.middle for at in words[1:]})
+            marks[lasts[words[0]]] = (*self.opening, *self._label(label))
+            done = end
+        tokens = [piece for at, token in enumerate(source.tokens) for piece in (token, *marks.get(at, ()))]
+        return [*tokens, self.end_id]
 
     def source(self, text: str) -> Source:
-        """Tokens of a text as a prompt shows it, with its word boundaries."""
-        shown = self.encoder.format.shown(text)
+        """Tokens of a text as a prompt shows it, with its words."""
+        return self._source(self.encoder.format.shown(text))
+
+    def _source(self, shown: str) -> Source:
         tokens, spans = self.encoder.spans(shown)
-        before, after = [(0, 0), *spans], [*spans[1:], (len(shown), len(shown))]
-        begin = [s < e and last <= s and not _in_word(shown, s) for (s, e), (_, last) in zip(spans, before)]
-        end = [s < e <= first and not _in_word(shown, e) for (s, e), (first, _) in zip(spans, after)]
-        starts, ends = (tuple(side) for side in zip(*spans)) if spans else ((), ())
-        return Source(tuple(tokens), starts, ends, (*begin, False), (False, *end))
+        following = [*spans[1:], (len(shown), len(shown))]
+        ends = tuple(s < e <= after and ends_word(shown, e) for (s, e), (after, _) in zip(spans, following))
+        return Source(tuple(tokens), tuple(s for s, _ in spans), tuple(e for _, e in spans), ends)
 
     def _label(self, label: str) -> Tokens:
         if label not in self._labels:
@@ -119,14 +113,15 @@ def make_grammar(encoder: PromptEncoder) -> Optional[InlineGrammar]:
 
 
 class InlineWalk:
-    """Where one answer stands: before which token of the text, and whether in a mark, an entity or a label."""
+    """Where one answer stands: before which token of the text, and whether in a mark or a label."""
 
     def __init__(self, grammar: InlineGrammar, source: Source, labels: Trie) -> None:
         self.grammar = grammar
         self.source = source
         self.labels = labels
         self.at = 0  # the text's next token
-        self.inside = False  # an entity is open
+        self.marked = True  # the word that ended here has its mark; at the beginning there is none
+        self.open = False  # the word before that was marked, so an entity may go on
         self.forced: List[int] = []  # what must come next, before anything else
         self.label: Optional[Trie] = None  # where in the labels, if in one
 
@@ -136,38 +131,33 @@ class InlineWalk:
         if self.label is not None:
             return tuple(self.label.children)
         following = self._following()
-        if not self._may_mark():
-            return following
-        mark = self._mark()[0]
-        if self.inside and self.at == self.source.last_end:
-            return (mark,)
-        return following if mark in following else (*following, mark)
+        return (following, *(mark[0] for mark in self._marks() if mark[0] != following))
 
     def advance(self, token: int) -> None:
         if self.forced:
             self.forced.pop(0)
         elif self.label is not None:
-            self.label = self.label.children[token] if self.label.children[token].children else None
-        elif token in self._following() and not (self.inside and self.at == self.source.last_end):
-            self.at += 1
-        elif self.inside:
-            self.forced, self.label, self.inside = [*self.grammar.middle[1:]], self.labels, False
-        else:  # at least one token is marked
-            self.forced, self.inside = [*self.grammar.opening[1:], self.source.tokens[self.at]], True
-            self.at += 1
+            node = self.label.children[token]
+            self.label = node if node.children else None
+        elif token == self._following():
+            self._read()
+        else:
+            mark = next(mark for mark in self._marks() if mark[0] == token)
+            self.forced = list(mark[1:])
+            self.label = self.labels if mark == self.grammar.opening else None
+            self.marked = self.open = True
 
-    def _following(self) -> Tokens:
-        if self.at == len(self.source.tokens):
-            return (self.grammar.end_id,)
-        return (self.source.tokens[self.at],)
+    def _read(self) -> None:
+        """Take the text's next token."""
+        if not self.marked:
+            self.open = False
+        self.at += 1
+        self.marked = not self.source.ends_word[self.at - 1] if self.at <= len(self.source.tokens) else True
 
-    def _may_mark(self) -> bool:
-        return self.source.may_end[self.at] if self.inside else self.source.may_begin[self.at]
+    def _following(self) -> int:
+        return self.source.tokens[self.at] if self.at < len(self.source.tokens) else self.grammar.end_id
 
-    def _mark(self) -> Tokens:
-        return self.grammar.middle if self.inside else self.grammar.opening
-
-
-def _in_word(text: str, at: int) -> bool:
-    """Whether a word goes on over this place."""
-    return 0 < at < len(text) and text[at - 1].isalnum() and text[at].isalnum()
+    def _marks(self) -> Tuple[Tokens, ...]:
+        if self.marked:
+            return ()
+        return (self.grammar.opening, self.grammar.middle) if self.open else (self.grammar.opening,)
