@@ -5,6 +5,7 @@ be cached), a *body* (the text) and, in training, an *answer*. Each part is toke
 between them never moves, and every mention keeps the leading space it has in the text: copying is then token by token.
 """
 
+import itertools
 import re
 from dataclasses import dataclass
 from typing import Any, ClassVar, Dict, Iterable, List, Mapping, NamedTuple, Optional, Sequence, Tuple, Type, Union
@@ -134,7 +135,7 @@ class InlineFormat:
             if start < done or not begins_word(shown, start) or ends[-1:] != [end]:
                 continue
             parts += [shown[done : ends[0]], f"⟨ {label}⟩"]
-            parts += [f"{shown[before:after]}¦" for before, after in zip(ends, ends[1:])]
+            parts += [f"{shown[before:after]}¦" for before, after in itertools.pairwise(ends)]
             done = end
         return "".join([*parts, shown[done:]])
 

@@ -19,6 +19,7 @@ from spacy_sam.select.base import SelectionContext, Selector, make_selection
 from spacy_sam.select.sampling import SamplingEvaluation, micro_f1, pseudo_labels, spread
 from spacy_sam.select.similarity import DomainSimilarity, cosine, make_centroid
 from spacy_sam.select.strategies import SaM, SaMEco, Strategy
+from spacy_sam.select.types import TypeSimilarity
 
 A, B, C, D = (0, 1, "a"), (2, 3, "b"), (4, 5, "a"), (6, 7, "b")
 spans = st.tuples(st.integers(0, 2), st.integers(3, 4), st.sampled_from("ab"))
@@ -43,6 +44,30 @@ class Fixed:
 def ranks(name: str, order: str) -> Fixed:
     """A selector that ranks experts with names of one letter in this order."""
     return Fixed(name, tuple((letter, 1 - place / 10) for place, letter in enumerate(order)))
+
+
+# Entity-type similarity
+
+
+def typed(bank: Any, **labels: Sequence[str]) -> Any:
+    bank.experts = [replace(card, labels=tuple(labels[card.name])) for card in bank.experts]
+    return bank
+
+
+def test_type_similarity_is_the_mean_of_the_nearest():
+    bank = typed(fake_bank("abc"), a=["man", "town"], b=["town"], c=[])
+    vectors = {"person": [2, 0], "city": [0, 1], "man": [3, 4], "town": [0, 5]}
+    context = fake_context(bank, labels=("person", "city"), encode=encode_as(vectors))
+    selection = TypeSimilarity()(context, 1)
+    assert dict(selection.scores) == pytest.approx({"a": (0.6 + 1) / 2, "b": (0 + 1) / 2, "c": 0})
+    assert (selection.selector, selection.chosen) == ("type_similarity", ("a",))
+    assert selection.details["nearest"]["a"] == {"person": "man", "city": "town"}
+
+
+def test_type_similarity_of_zero_vectors_is_zero():
+    bank = typed(fake_bank("ab"), a=["x"], b=["y"])
+    context = fake_context(bank, labels=("z",), encode=encode_as({"x": [0, 0], "y": [1, 0], "z": [0, 0]}))
+    assert TypeSimilarity()(context, 1).scores == (("a", 0.0), ("b", 0.0))
 
 
 # Domain similarity

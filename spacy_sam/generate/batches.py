@@ -68,7 +68,7 @@ class Seq2SeqBatch:
         from transformers import DynamicCache, EncoderDecoderCache
 
         self.model = model
-        ids, self.mask = _pad_right(prompts, model.device)
+        ids, self.mask = pad_right(prompts, model.device)
         self.encoded = model.get_encoder()(input_ids=ids, attention_mask=self.mask)
         self.cache = EncoderDecoderCache(DynamicCache(config=model.config), DynamicCache(config=model.config))
         start = model.generation_config.decoder_start_token_id
@@ -107,10 +107,10 @@ def _pad_left(bodies: Sequence[Sequence[int]], n_prefix: int, device: Any) -> Tu
     return ids.to(device), mask.to(device)
 
 
-def _pad_right(prompts: Sequence[Sequence[int]], device: Any) -> Tuple[Tensor, Tensor]:
-    """Prompts [rows, width] and their attention mask."""
-    rows: List[Tensor] = [torch.tensor(prompt) for prompt in prompts]
-    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+def pad_right(rows: Sequence[Sequence[int]], device: Any, value: int = 0) -> Tuple[Tensor, Tensor]:
+    """Rows [n, width] padded on the right with a value, and their mask."""
+    tensors: List[Tensor] = [torch.tensor(row) for row in rows]
+    padded = torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=value)
     lengths = torch.tensor([len(row) for row in rows])
-    mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
-    return ids.to(device), mask.to(device)
+    mask = (torch.arange(padded.shape[1]) < lengths[:, None]).long()
+    return padded.to(device), mask.to(device)

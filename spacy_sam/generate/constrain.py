@@ -62,7 +62,7 @@ class InlineGrammar:
 
     def walk(self, labels: Sequence[str], text: str) -> "InlineWalk":
         """The walk of a request. labels: What is asked. text: The window's text."""
-        return InlineWalk(self, self.source(text), self._trie(labels))
+        return InlineWalk(self, self.source(text), self.trie(labels))
 
     def answer(self, labels: Sequence[str], text: str, entities: Iterable[Entity]) -> Optional[List[int]]:
         """Tokens of a known answer, end token included; None if an entity is not of whole words, or two overlap."""
@@ -98,7 +98,8 @@ class InlineGrammar:
             self._labels[label] = (*self.encoder.plain(f" {label}"), *self.closing)
         return self._labels[label]
 
-    def _trie(self, labels: Sequence[str]) -> Trie:
+    def trie(self, labels: Sequence[str]) -> Trie:
+        """The token sequences of the labels, each with the closing mark."""
         root = Trie({})
         for label in labels:
             node = root

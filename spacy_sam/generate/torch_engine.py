@@ -1,6 +1,7 @@
 """Greedy generation on a transformers model: batched by length, shared prefix encoded once, finished rows dropped."""
 
 import logging
+from itertools import repeat
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
@@ -13,6 +14,7 @@ from ..models import auto_model
 from ..plan import TaskModelSpec
 from ..prompts import PromptEncoder, make_format
 from ..quiet import quiet_loading
+from . import parallel
 from .batches import Batch, CausalBatch, Seq2SeqBatch, causal_step
 from .constrain import Walk, make_grammar
 from .engine import Completion, Request
@@ -87,6 +89,7 @@ class TorchEngine:
         self.model = model.to(self.device).eval()
         self.encoder = PromptEncoder(tokenizer, make_format(bank.prompt))
         self.grammar = make_grammar(self.encoder) if constrained else None
+        self.parallel = self.grammar is not None and parallel.can_decode(self.model)
         self.switch = WeightSwitch(self.model, bank.load_adapter, resolve)
         self.context = int(self.model.config.max_position_embeddings)
         self.max_new_tokens = max_new_tokens
@@ -164,11 +167,13 @@ class TorchEngine:
 
     def _limit(self, n_body: int, n_prefix: int) -> int:
         """Tokens an answer may have: entities are copied, so a short text has no long answer."""
-        return max(1, min(self.max_new_tokens, 2 * n_body + 16, self.context - n_prefix - n_body))
+        return max(1, min(self.max_new_tokens, 3 * n_body + 16, self.context - n_prefix - n_body))
 
     @torch.inference_mode()
     def _decode(self, group: _Group, batch: List[_Row]) -> List[Completion]:
         """Greedy decoding of one batch; finished rows leave it."""
+        if self.parallel and group.labels:
+            return self._decode_parallel(group, batch)
         rows = self._open_batch(group, batch)
         limits = [self._limit(len(row.body), len(group.prefix)) for row in batch]
         tokens: List[List[int]] = [[] for _ in batch]
@@ -194,6 +199,15 @@ class TorchEngine:
             active = [active[place] for place in going_on]
             logits = rows.next(chosen, torch.tensor(going_on, device=self.device) if some else None)
         return [self._completion(t, lp) for t, lp in zip(tokens, logprobs)]
+
+    def _decode_parallel(self, group: _Group, batch: List[_Row]) -> List[Completion]:
+        assert self.grammar is not None
+        labels = self.grammar.trie(group.labels)
+        limits = [self._limit(len(row.body), len(group.prefix)) for row in batch]
+        sources = [self.grammar.source(str(row.text)) for row in batch]
+        guesses = [parallel.Guess(self.grammar, *row) for row in zip(sources, repeat(labels), limits)]
+        parallel.decode(self.model, [[*group.prefix, *row.body] for row in batch], guesses)
+        return [self._completion(guess.tokens, guess.logprobs) for guess in guesses]
 
     def _walks(self, group: _Group, batch: List[_Row]) -> Optional[List[Walk]]:
         """The grammar's walk of every row; None without a grammar, or for whole prompts of other tasks."""

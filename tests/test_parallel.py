@@ -1,0 +1,110 @@
+"""Parallel decoding of inline answers gives what decoding a token at a time gives."""
+
+import pytest
+import torch
+from helpers import make_tiny_bank
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from spacy_sam.bank import ExpertBank
+from spacy_sam.generate import parallel
+from spacy_sam.generate.engine import Request
+from spacy_sam.generate.torch_engine import TorchEngine
+from spacy_sam.plan import TaskModelSpec
+from spacy_sam.registered import resolve_method
+
+LABELS = ("person", "place", "place name", "person or place")
+words = st.text(alphabet="abA9é-.(東", min_size=1, max_size=6)
+texts = st.lists(words, max_size=7).map(" ".join)
+
+
+@pytest.fixture(scope="module")
+def bank(tmp_path_factory) -> ExpertBank:
+    path = tmp_path_factory.mktemp("inline") / "bank"
+    make_tiny_bank(path, architecture="bart", prompt={"name": "spacy_sam.Inline.v1"})
+    return ExpertBank(path)
+
+
+@pytest.fixture(scope="module")
+def engine(bank) -> TorchEngine:
+    engine = TorchEngine(bank, resolve_method, device="cpu")
+    with torch.no_grad():  # a random model hardly ever marks: let the marks and the text have like chances
+        engine.model.final_logits_bias.normal_(0, 0.05, generator=torch.Generator().manual_seed(1))
+    return engine
+
+
+def step_by_step(engine: TorchEngine, requests):
+    engine.parallel = False
+    try:
+        return engine.generate(requests)
+    finally:
+        engine.parallel = True
+
+
+def test_the_engine_decodes_in_parallel(engine):
+    assert engine.parallel
+    assert parallel.can_decode(engine.model)
+
+
+@settings(max_examples=40)
+@given(
+    found=st.lists(texts, min_size=1, max_size=5), expert=st.sampled_from([(), ("expert0",), ("expert0", "expert1")])
+)
+def test_parallel_is_step_by_step(engine, found, expert):
+    requests = [Request(TaskModelSpec(expert), LABELS[: 1 + len(text) % 4], text) for text in found]
+    fast, slow = engine.generate(requests), step_by_step(engine, requests)
+    for one, other in zip(fast, slow):
+        assert one.text == other.text
+        assert one.ends == other.ends
+        assert one.finished == other.finished
+        assert one.logprobs == pytest.approx(other.logprobs, abs=1e-4)
+
+
+def test_answers_have_marks(engine):
+    """Or the test above would prove nothing."""
+    requests = [
+        Request(TaskModelSpec(), LABELS, f"some {word} text ({word}) here") for word in ["abc", "def", "ghi", "jkl"]
+    ]
+    answers = [completion.text for completion in engine.generate(requests)]
+    n_words, n_labels, n_bars = (sum(answer.count(sign) for answer in answers) for sign in (" ", "⟨", "¦"))
+    assert n_labels
+    assert n_bars
+    assert n_labels + n_bars < n_words
+
+
+@pytest.mark.parametrize("marks", [{}, "first", "bars"])
+def test_any_first_guess_leads_to_the_same_answer(engine, marks):
+    grammar, text = engine.grammar, "Some text, with (nine) words in it."
+    source, labels = grammar.source(text), grammar.trie(LABELS)
+    ends = [at for at, ends in enumerate(source.ends_word) if ends]
+    label = (*grammar.encoder.plain(" person or place"), *grammar.closing)
+    begin = {"first": {at: label for at in ends}, "bars": {at: parallel.BAR for at in ends}}.get(marks or "", {})
+    guess = parallel.Guess(grammar, source, labels, 400, begin)
+    prompt = grammar.encoder.prefix(LABELS) + grammar.encoder.body(text)
+    engine.switch.restore()
+    with torch.inference_mode():
+        parallel.decode(engine.model, [prompt], [guess])
+    (expected,) = step_by_step(engine, [Request(TaskModelSpec(), LABELS, text)])
+    assert grammar.encoder.decode(guess.tokens[:-1])[0] == expected.text
+
+
+def test_answers_are_cut_at_the_limit(engine, monkeypatch):
+    requests = [Request(TaskModelSpec(), LABELS, "9 9 9 9 9 9 (abc) def 9 9")]
+    (whole,) = engine.generate(requests)
+    monkeypatch.setattr(engine, "max_new_tokens", len(whole.logprobs) - 5)
+    fast, slow = engine.generate(requests), step_by_step(engine, requests)
+    assert fast[0].text == slow[0].text
+    assert whole.text.startswith(fast[0].text)
+    assert (len(fast[0].logprobs), fast[0].finished) == (len(whole.logprobs) - 5, False)
+
+
+def test_models_with_other_heads_are_left_to_steps(engine):
+    with torch.no_grad():
+        model = engine.model
+        head = model.lm_head
+        model.lm_head = torch.nn.Sequential(head)
+        model.lm_head.weight = torch.nn.Parameter(head.weight * 2)
+        try:
+            assert not parallel.can_decode(model)
+        finally:
+            model.lm_head = head
