@@ -6,7 +6,7 @@ from typing import Any, Callable
 
 import pytest
 import torch
-from helpers import make_tiny_bank
+from helpers import make_tiny_bank, save_encoder
 from hypothesis import HealthCheck, settings
 
 from spacy_sam.bank import ExpertBank
@@ -23,6 +23,12 @@ def tiny_bank_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("banks") / "tiny"
     make_tiny_bank(path)
     return path
+
+
+@pytest.fixture(scope="session")
+def tiny_encoder_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a random tiny BERT, written once: do not change it."""
+    return save_encoder(tmp_path_factory.mktemp("encoders") / "tiny")
 
 
 @pytest.fixture

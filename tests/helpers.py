@@ -9,7 +9,11 @@ import torch
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
-    AutoModelForCausalLM,
+    BartConfig,
+    BartForConditionalGeneration,
+    BertConfig,
+    BertModel,
+    BertTokenizer,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -21,6 +25,7 @@ from transformers import (
 from transformers.utils.logging import disable_progress_bar
 
 from spacy_sam.bank import ExpertBank
+from spacy_sam.models import auto_model
 from spacy_sam.plan import Centroid, Corpus, Expert, Score
 
 PAD, END = "<|pad|>", "<|end|>"
@@ -31,6 +36,7 @@ PROMPT = {"name": "spacy_sam.Lines.v1", "instruction": ""}
 # Initial weights ten times larger than usual: a random model then prefers some tokens clearly, and batched and
 # single runs agree on its greedy choice in spite of rounding.
 INIT_RANGE = 0.2
+WORD_PIECES = "the a in types text entities person place anna bern sand wal ##wich ##nut ##er ##ing ##s"
 SENTENCES = (
     "Anna Keller moved from Bern to a small town near Lisbon last spring.",
     "The ferry between Dover and Calais was late, so Omar Haddad took the train to Paris.",
@@ -47,21 +53,24 @@ def make_tiny_bank(
     architecture: str = "llama",
     seed: int = 0,
     labels: Sequence[str] = ("person", "place"),
+    prompt: Mapping[str, Any] = PROMPT,
 ) -> ExpertBank:
     """Build a bank of random experts named `expert0`, `expert1`, ... around a random base in `path/base`.
 
     path (Union[str, Path]): The folder of the bank.
     n_experts (int): How many experts it gets.
-    architecture (str): "llama" (grouped queries, untied head), "opt" (norm after each block, tied head) or "gpt2".
+    architecture (str): "llama" (grouped queries, untied head), "opt" (norm after each block, tied head), "gpt2" or
+        "bart" (an encoder-decoder, tied head).
     seed (int): Decides every weight and centroid; torch's global random state is left as it was.
     labels (Sequence[str]): The labels on every expert's card.
+    prompt (Mapping[str, Any]): The bank's prompt format.
     RETURNS (ExpertBank): The bank, opened.
     """
     path = Path(path)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         save_base(path / "base", architecture)
-    bank = ExpertBank.create(path, base="base", prompt=PROMPT, encoder=ENCODER, name="tiny")
+    bank = ExpertBank.create(path, base="base", prompt=prompt, encoder=ENCODER, name="tiny")
     for number in range(n_experts):
         adapter = save_adapter(path / f".adapter{number}", path / "base", seed=1000 * (seed + 1) + number)
         bank.add(f"expert{number}", adapter, make_card(bank, number, labels, seed))
@@ -80,14 +89,14 @@ def make_card(bank: ExpertBank, number: int, labels: Sequence[str] = ("person", 
         base_hash=bank.base_hash,
         corpora=(Corpus(f"corpus{number}", 10, tuple(labels)),),
         lora={"rank": 4, "alpha": 8},
-        prompt=dict(PROMPT),
+        prompt=dict(bank.prompt),
         centroid=Centroid(ENCODER, 10, vector),
         scores={"dev": Score(0.5, 0.5, 0.5, 10)},
     )
 
 
 def save_base(folder: Path, architecture: str = "llama") -> None:
-    """Save a random tiny causal LM (hidden 32, 2 layers, context 512) and its tokenizer; torch's seed decides it."""
+    """Save a random tiny model (hidden 32, 2 layers, context 512) and its tokenizer; torch's seed decides it."""
     disable_progress_bar()
     tokenizer = make_tokenizer()
     ids: Dict[str, Any] = {
@@ -123,6 +132,29 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
+def save_encoder(folder: Union[str, Path], n_layers: int = 4) -> Path:
+    """Save a random tiny uncased BERT (hidden 16) with word pieces for a few words and letters. RETURNS (Path): `folder`."""
+    disable_progress_bar()
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *".,;:|()'", *letters, *WORD_PIECES.split()]
+    pieces += [f"##{letter}" for letter in (*letters, *".,;:|()'")]  # those of signs are never used
+    tokenizer = BertTokenizer(vocab={piece: number for number, piece in enumerate(pieces)}, do_lower_case=True)
+    config = BertConfig(
+        vocab_size=len(pieces),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=n_layers,
+        num_attention_heads=2,
+        max_position_embeddings=CONTEXT,
+        initializer_range=INIT_RANGE,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        BertModel(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return Path(folder)
+
+
 def save_adapter(folder: Union[str, Path], base_folder: Union[str, Path], seed: int = 0, **lora_kwargs: Any) -> Path:
     """Write a LoRA adapter whose weight change is not zero.
 
@@ -133,12 +165,12 @@ def save_adapter(folder: Union[str, Path], base_folder: Union[str, Path], seed: 
     RETURNS (Path): `folder`.
     """
     disable_progress_bar()
-    model = AutoModelForCausalLM.from_pretrained(base_folder, local_files_only=True)
+    model = load_model(base_folder)
     settings = {
         "r": 4,
         "lora_alpha": 8,
         "target_modules": "all-linear",
-        "task_type": "CAUSAL_LM",
+        "task_type": "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM",
         "fan_in_fan_out": model.config.model_type == "gpt2",
         **lora_kwargs,
     }
@@ -152,6 +184,11 @@ def save_adapter(folder: Union[str, Path], base_folder: Union[str, Path], seed: 
                     parameter.normal_(0, INIT_RANGE)
         peft_model.save_pretrained(folder)
     return Path(folder)
+
+
+def load_model(folder: Union[str, Path], dtype: torch.dtype = torch.float32) -> Any:
+    """A base, causal or encoder-decoder, as transformers loads it, in evaluation mode."""
+    return auto_model(str(folder)).from_pretrained(folder, dtype=dtype, local_files_only=True).eval()
 
 
 def _llama(ids: Mapping[str, Any]) -> LlamaForCausalLM:
@@ -199,4 +236,28 @@ def _gpt2(ids: Mapping[str, Any]) -> GPT2LMHeadModel:
     return GPT2LMHeadModel(config)
 
 
-ARCHITECTURES: Dict[str, Callable[[Mapping[str, Any]], Any]] = {"llama": _llama, "opt": _opt, "gpt2": _gpt2}
+def _bart(ids: Mapping[str, Any]) -> BartForConditionalGeneration:
+    config = BartConfig(
+        d_model=32,
+        encoder_layers=2,
+        decoder_layers=2,
+        encoder_ffn_dim=64,
+        decoder_ffn_dim=64,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        max_position_embeddings=CONTEXT,
+        dropout=0.0,
+        init_std=INIT_RANGE,
+        decoder_start_token_id=ids["eos_token_id"],
+        forced_eos_token_id=None,
+        **ids,
+    )
+    return BartForConditionalGeneration(config)
+
+
+ARCHITECTURES: Dict[str, Callable[[Mapping[str, Any]], Any]] = {
+    "llama": _llama,
+    "opt": _opt,
+    "gpt2": _gpt2,
+    "bart": _bart,
+}

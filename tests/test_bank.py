@@ -8,12 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import ENCODER, PROMPT, make_card, make_tiny_bank, save_adapter
+from helpers import ENCODER, PROMPT, load_model, make_card, make_tiny_bank, save_adapter
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
 
 from spacy_sam import bank as bank_module
 from spacy_sam.adapters import hash_adapter, read_adapter
@@ -723,10 +722,10 @@ def test_bank_bundled_bank_is_refused_where_it_is_not_installed(monkeypatch, tmp
 
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # peft asks transformers
-@pytest.mark.parametrize("architecture", ["llama", "opt", "gpt2"])
+@pytest.mark.parametrize("architecture", ["llama", "opt", "gpt2", "bart"])
 def test_bank_adapters_are_the_weight_change_that_peft_makes(architecture, tmp_path):
     bank = make_tiny_bank(tmp_path / "bank", n_experts=1, architecture=architecture)
-    base = AutoModelForCausalLM.from_pretrained(bank.base[0], local_files_only=True)
+    base = load_model(bank.base[0])
     before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
     merged = PeftModel.from_pretrained(base, str(bank.folder("expert0"))).merge_and_unload().state_dict()
     matrices = bank.load_adapter("expert0").matrices

@@ -11,9 +11,9 @@ from typing import Any, Dict, List, NamedTuple, Sequence, Tuple
 
 import pytest
 import torch
-from helpers import END, PAD, make_tiny_bank
+from helpers import END, PAD, load_model, make_tiny_bank
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from spacy_sam.bank import ExpertBank
 from spacy_sam.errors import SamError
@@ -25,7 +25,7 @@ from spacy_sam.plan import TaskModelSpec
 from spacy_sam.prompts import make_format
 from spacy_sam.registered import make_torch_engine, resolve_method
 
-ARCHITECTURES = ("llama", "opt")
+ARCHITECTURES = ("llama", "opt", "bart")
 BASE, ONE = TaskModelSpec(), TaskModelSpec(("expert1",))
 MEAN = TaskModelSpec(("expert0", "expert2"), (), Mean().config)
 TIES = TaskModelSpec(("expert0", "expert1", "expert2"), (), Ties(0.4).config)
@@ -43,8 +43,9 @@ needs_no_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA dev
 
 @pytest.fixture(scope="module")
 def banks(tmp_path_factory, tiny_bank_path) -> Dict[str, ExpertBank]:
-    opt = make_tiny_bank(tmp_path_factory.mktemp("engine") / "opt", architecture="opt", seed=1)
-    return {"llama": ExpertBank(tiny_bank_path), "opt": opt}
+    folder = tmp_path_factory.mktemp("engine")
+    others = {name: make_tiny_bank(folder / name, architecture=name, seed=1) for name in ("opt", "bart")}
+    return {"llama": ExpertBank(tiny_bank_path), **others}
 
 
 @pytest.fixture(params=ARCHITECTURES)
@@ -105,14 +106,15 @@ class Reference(NamedTuple):
             return_dict_in_generate=True,
             output_logits=True,
         )
-        tokens = output.sequences[0, ids.shape[1] :].tolist()
+        n_given = 1 if self.model.config.is_encoder_decoder else ids.shape[1]
+        tokens = output.sequences[0, n_given:].tolist()
         logprobs = [logits[0].log_softmax(-1)[token].item() for logits, token in zip(output.logits, tokens)]
         return tokens, logprobs
 
 
 def make_reference(bank: ExpertBank, spec: TaskModelSpec) -> Reference:
     """Adds the mean of the experts' task vectors, by hand."""
-    model = AutoModelForCausalLM.from_pretrained(bank.base[0], dtype=torch.float32).eval()
+    model = load_model(bank.base[0])
     parameters = dict(model.named_parameters())
     with torch.no_grad():
         for name in spec.experts:
@@ -152,9 +154,9 @@ def test_engine_completes_whole_prompts(bank, engine):
 
 
 def test_engine_task_models_differ(engine):
-    answers = [engine.generate([Request(spec, LABELS, TEXTS[0])])[0].text for spec in (BASE, ONE, MEAN, TIES)]
-    assert len(set(answers)) == 4
-    assert engine.generate([Request(ONE, OTHER_LABELS, TEXTS[0])])[0].text != answers[1]
+    answers = [engine.generate([Request(spec, LABELS, TEXTS[0])])[0] for spec in (BASE, ONE, MEAN, TIES)]
+    assert len({answer.text for answer in answers}) == 4
+    assert engine.generate([Request(ONE, OTHER_LABELS, TEXTS[0])])[0] != answers[1]
 
 
 # Batches
@@ -207,13 +209,24 @@ def test_engine_nothing_to_do(engine):
     assert engine.generate([]) == []
 
 
+def test_engine_finished_rows_leave(engine, monkeypatch):
+    """Each row is run once for each of its tokens, and not again."""
+    requests = [Request(ONE, LABELS, text) for text in TEXTS]
+    engine.generate(requests[:1])  # encodes the prefix of a causal model
+    rows = watch_rows(engine, monkeypatch, most=99)
+    completions = engine.generate(requests)
+    n_tokens = [len(completion.logprobs) for completion in completions]
+    assert rows == [sum(n > step for n in n_tokens) for step in range(max(n_tokens))]
+    assert rows[0] == len(TEXTS) > rows[-1]
+
+
 def watch_rows(engine: TorchEngine, monkeypatch: pytest.MonkeyPatch, most: int, fail_at: int = -1) -> List[int]:
     """Rows of each forward call. Those with more than `most` rows, and the one numbered `fail_at`, find no memory."""
     rows: List[int] = []
     forward = engine.model.forward
 
     def limited(*args: Any, **kwargs: Any) -> Any:
-        rows.append(len(kwargs["input_ids"]))
+        rows.append(len(kwargs["decoder_input_ids" if engine.model.config.is_encoder_decoder else "input_ids"]))
         if rows[-1] > most or len(rows) - 1 == fail_at:
             raise torch.OutOfMemoryError("no memory left, says the test")
         return forward(*args, **kwargs)
@@ -236,12 +249,13 @@ def test_engine_out_of_memory_halves_the_batch(bank, engine, monkeypatch, caplog
     assert max(rows) <= 2, "what did not fit once is not tried again"
 
 
+@pytest.mark.parametrize("architecture", ["llama", "bart"])
 @pytest.mark.parametrize("fail_at", [0, 1, 4])
-def test_engine_out_of_memory_at_any_step(banks, monkeypatch, fail_at):
-    """While the prefix is encoded (0), at the first token (1), and later."""
+def test_engine_out_of_memory_at_any_step(banks, monkeypatch, architecture, fail_at):
+    """While a causal model's prefix is encoded (0), at the first token (1), and later."""
     requests = [Request(ONE, LABELS, text) for text in TEXTS]
-    expected = make_engine(banks["llama"]).generate(requests)
-    engine = make_engine(banks["llama"])
+    expected = make_engine(banks[architecture]).generate(requests)
+    engine = make_engine(banks[architecture])
     watch_rows(engine, monkeypatch, most=99, fail_at=fail_at)
     assert_same(engine.generate(requests), expected)
 

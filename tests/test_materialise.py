@@ -5,22 +5,24 @@ from typing import Any, Dict, List, Mapping, Tuple
 
 import pytest
 import torch
+from helpers import load_model as load_base
 from helpers import make_card, make_tiny_bank, save_adapter
 from peft import PeftModel
 from peft.utils.merge_utils import ties as peft_ties
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
 from spacy_sam.adapters import Adapter, LoraFactors
 from spacy_sam.bank import ExpertBank
 from spacy_sam.errors import SamError
+from spacy_sam.merge.export import write_task_models
 from spacy_sam.merge.materialise import WeightSwitch, merged_deltas
 from spacy_sam.merge.methods import Mean, MergeMethod, TaskArithmetic, Ties
-from spacy_sam.plan import TaskModelSpec
+from spacy_sam.plan import Plan, TaskModelSpec
 
 TIES = Ties(density=0.3).config
 MEAN = Mean().config
 ONE, TWO, ALL = ("expert0",), ("expert0", "expert1"), ("expert0", "expert1", "expert2")
-ARCHITECTURES = ("llama", "opt", "gpt2")
+ARCHITECTURES = ("llama", "opt", "gpt2", "bart")
 peft_asks_deprecated = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 
 
@@ -45,7 +47,7 @@ class Loader:
 @pytest.fixture(scope="module")
 def banks(tmp_path_factory, tiny_bank_path) -> Dict[str, ExpertBank]:
     folder = tmp_path_factory.mktemp("architectures")
-    others = {name: make_tiny_bank(folder / name, architecture=name, seed=1) for name in ("opt", "gpt2")}
+    others = {name: make_tiny_bank(folder / name, architecture=name, seed=1) for name in ARCHITECTURES[1:]}
     return {"llama": ExpertBank(tiny_bank_path), **others}
 
 
@@ -55,7 +57,7 @@ def bank(tiny_bank_path) -> ExpertBank:
 
 
 def load_model(bank: ExpertBank, dtype: torch.dtype = torch.float32) -> Any:
-    return AutoModelForCausalLM.from_pretrained(bank.base[0], dtype=dtype, local_files_only=True).eval()
+    return load_base(bank.base[0], dtype)
 
 
 def bits(model: Any) -> Dict[str, bytes]:
@@ -111,6 +113,20 @@ def test_single_expert_has_the_logits_of_peft(banks, architecture):
         torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-4)
     switch.restore()
     assert torch.equal(logits(model), base)
+
+
+def test_experts_of_an_encoder_decoder_change_all_its_attention(banks):
+    """Encoder, decoder and the attention between them: each part's matrices are in the experts, and change."""
+    bank = banks["bart"]
+    model, base = load_model(bank), dict(load_model(bank).named_parameters())
+    WeightSwitch(model, bank.load_adapter, resolve).use(TaskModelSpec(ALL, (), TIES))
+    changed = {name for name, weight in model.named_parameters() if not torch.equal(weight, base[name])}
+    layers = [f"model.{part}.layers.{n}" for part in ("encoder", "decoder") for n in (0, 1)]
+    attention = [f"{layer}.self_attn" for layer in layers] + [f"{layer}.encoder_attn" for layer in layers[2:]]
+    matrices = {
+        f"{name}.{matrix}.weight" for name in attention for matrix in ("q_proj", "k_proj", "v_proj", "out_proj")
+    }
+    assert changed == matrices | {f"{layer}.{matrix}.weight" for layer in layers for matrix in ("fc1", "fc2")}
 
 
 @peft_asks_deprecated
@@ -308,8 +324,9 @@ def failing_adapters(model: Any) -> Dict[str, Tuple[str, Adapter]]:
 
 @pytest.mark.parametrize("problem", ["missing", "shape", "head", "embedding"])
 @pytest.mark.parametrize("experts", [("bad",), ("expert0", "zbad")], ids=["alone", "second"])
-def test_what_cannot_be_merged_changes_nothing(banks, problem, experts):
-    bank = banks["opt"]
+@pytest.mark.parametrize("architecture", ["opt", "bart"])
+def test_what_cannot_be_merged_changes_nothing(banks, architecture, problem, experts):
+    bank = banks[architecture]
     model = load_model(bank)
     code, adapter = failing_adapters(model)[problem]
     switch = WeightSwitch(model, Loader(bank, bad=adapter, zbad=adapter), resolve)
@@ -325,14 +342,21 @@ def test_what_cannot_be_merged_changes_nothing(banks, problem, experts):
     assert versions(model) == written
 
 
-@pytest.mark.parametrize("problem", ["head", "embedding"])
-def test_tied_weight_is_named_with_its_twin(banks, problem):
-    model = load_model(banks["opt"])
+@pytest.mark.parametrize(
+    ("architecture", "problem", "names"),
+    [
+        ("opt", "head", ["lm_head.weight", "model.decoder.embed_tokens.weight"]),
+        ("opt", "embedding", ["lm_head.weight", "model.decoder.embed_tokens.weight"]),
+        ("bart", "head", ["lm_head.weight", "model.shared.weight"]),
+        ("bart", "embedding", ["model.encoder.embed_tokens.weight", "model.shared.weight"]),
+    ],
+)
+def test_tied_weight_is_named_with_its_twin(banks, architecture, problem, names):
+    model = load_model(banks[architecture])
     _, adapter = failing_adapters(model)[problem]
     with pytest.raises(SamError) as caught:
         WeightSwitch(model, lambda name: adapter, resolve).use(TaskModelSpec(("bad",)))
-    assert "'lm_head.weight'" in str(caught.value)
-    assert "'model.decoder.embed_tokens.weight'" in str(caught.value)
+    assert all(f"'{name}'" in str(caught.value) for name in names)
 
 
 def test_untied_head_can_be_merged(bank):
@@ -412,3 +436,23 @@ def test_weights_that_the_method_refuses(bank):
         switch.use(TaskModelSpec(TWO, (1, -1), TIES))
     assert caught.value.code == "S401"
     assert bits(model) == base
+
+
+# Task models as folders
+
+
+@pytest.mark.parametrize(
+    ("architecture", "auto_class"), [("opt", AutoModelForCausalLM), ("bart", AutoModelForSeq2SeqLM)]
+)
+def test_exported_task_models_are_what_the_switch_makes(banks, architecture, auto_class, tmp_path):
+    """Transformers loads them by the class of their kind, with the weights of base and merged task vectors."""
+    bank = banks[architecture]
+    specs = [TaskModelSpec(ONE), TaskModelSpec(ALL, (), TIES)]
+    plan = Plan(bank.base_hash, tuple(specs), {name: bank.adapter_hash(name) for name in ALL})
+    written = list(write_task_models(bank, plan, tmp_path / "out", resolve))
+    assert [spec for _, spec in written] == specs
+    for folder, spec in written:
+        model = load_model(bank)
+        WeightSwitch(model, bank.load_adapter, resolve).use(spec)
+        assert bits(auto_class.from_pretrained(folder, dtype=torch.float32)) == bits(model)
+        assert AutoTokenizer.from_pretrained(folder).eos_token == "<|end|>"

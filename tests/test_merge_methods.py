@@ -176,7 +176,9 @@ def test_scale_is_linear(stack, scale):
         torch.testing.assert_close(method(vectors, weights, scale=scale), factor * method(vectors, weights, scale=1.0))
 
 
-@pytest.mark.parametrize("method", [Ties(0.01, 3.0), Mean(0.5), TaskArithmetic(0.4), Dare(0.5)], ids=lambda m: type(m).__name__)
+@pytest.mark.parametrize(
+    "method", [Ties(0.01, 3.0), Mean(0.5), TaskArithmetic(0.4), Dare(0.5)], ids=lambda m: type(m).__name__
+)
 def test_single_expert_is_returned_as_it_is(method):
     vectors = random_stack(1, 5, 7)
     merged = method(vectors, (0.3,))

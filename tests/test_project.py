@@ -20,7 +20,7 @@ from spacy_sam.plan import Plan
 
 ROOT = Path(__file__).parents[1]
 STEPS = ["prepare", "train", "select", "merge", "evaluate", "report"]
-FEW_STEPS = {"[base_training]": 6, "[expert_training]": 3, "[unified_training]": 3}
+FEW_STEPS = {"[base_training.demo]": 6, "[expert_training]": 3, "[unified_training]": 3}
 LIMIT = 8
 
 

@@ -9,13 +9,14 @@ from typing import Any, Callable, Dict, Iterator, List, Optional
 import numpy as np
 import pytest
 import torch
-from helpers import make_tokenizer
+from helpers import load_model, make_tokenizer, save_base
 from torch.nn.functional import cross_entropy
 from transformers import Trainer
 
 from spacy_sam.bank import ExpertBank
 from spacy_sam.errors import SamError
-from spacy_sam.prompts import LinesFormat, PromptEncoder
+from spacy_sam.generate.constrain import make_grammar
+from spacy_sam.prompts import InlineFormat, LinesFormat, PromptEncoder
 from spacy_sam.train import run, sft
 from spacy_sam.train.base import random_llama
 from spacy_sam.train.config import TrainConfig, expand, read_config
@@ -42,6 +43,8 @@ n_layers = 1
 n_heads = 2
 
 [base_training]
+
+[base_training.all]
 max_steps = {BASE_STEPS}
 learning_rate = 0.01
 tokens_per_batch = 256
@@ -161,8 +164,9 @@ def test_train_bank(whole, config):
     assert whole.prompt == {"name": LinesFormat.name, "instruction": "", "max_labels": 3}
     assert whole.encoder == config.bank.encoder
     assert whole.details["base_kind"] == "random"
-    assert whole.details["base_training"]["max_steps"] == BASE_STEPS
-    assert 0 < whole.details["base_training"]["loss"] < 20
+    assert list(whole.details["base_training"]) == ["all"]
+    assert whole.details["base_training"]["all"]["max_steps"] == BASE_STEPS
+    assert 0 < whole.details["base_training"]["all"]["loss"] < 20
     assert Path(whole.base[0]) == whole.path / "base"
 
 
@@ -212,9 +216,29 @@ def test_train_adapter_configs_name_no_folder_of_this_machine(whole):
 
 
 def test_train_without_base_training_or_unified(config, tmp_path):
-    bare = config.model_copy(update={"base_training": None, "unified_training": None})
+    bare = config.model_copy(update={"base_training": {}, "unified_training": None})
     bank = train(bare, tmp_path / "bank")
     assert (len(bank), bank.baselines, "base_training" in bank.details) == (2, [], False)
+
+
+def test_train_encoder_decoder_bank(config, tiny_encoder_path, tmp_path):
+    """kind "encoder": base and adapters are of an encoder-decoder, and a run that was stopped goes on to the same bank."""
+    update = {"kind": "encoder", "source": str(tiny_encoder_path), "n_decoder_layers": 2}
+    other = config.model_copy(update={"base": config.base.model_copy(update=update)})
+    bank = train(other, tmp_path / "bank")
+    assert bank.check() == ["cooking", "sea_and_sport", "unified"]
+    model = load_model(bank.base[0])
+    assert model.config.is_encoder_decoder
+    assert (len(model.get_encoder().layers), len(model.get_decoder().layers)) == (4, 2)
+    assert 0 < bank.details["base_training"]["all"]["loss"] < 20
+    matrices = bank.load_adapter("cooking").matrices
+    assert set(matrices) <= set(dict(model.named_parameters()))
+    attention = ("encoder.layers.3.self_attn", "decoder.layers.1.self_attn", "decoder.layers.1.encoder_attn")
+    assert all(matrices[f"model.{name}.q_proj.weight"].delta().abs().max() > 0 for name in attention)
+    assert not any("embed" in name or "lm_head" in name or "shared" in name for name in matrices)
+    shutil.copytree(bank.path, tmp_path / "again")
+    ExpertBank(tmp_path / "again").remove("cooking")
+    assert hashes(train(other, tmp_path / "again").path) == hashes(bank.path)
 
 
 def test_train_on_a_base_from_elsewhere(config, whole, tmp_path):
@@ -266,7 +290,7 @@ def test_train_same_seed_same_bank(config, whole, tmp_path):
 
 
 def test_train_other_seed_other_bank(config, whole, tmp_path):
-    other = config.model_copy(update={"seed": 6, "base_training": None, "unified_training": None})
+    other = config.model_copy(update={"seed": 6, "base_training": {}, "unified_training": None})
     bank = train(other, tmp_path / "bank")
     assert bank.base_hash != whole.base_hash
     assert bank["cooking"].training["seed"] != whole["cooking"].training["seed"]
@@ -351,11 +375,163 @@ def test_train_does_not_continue_another_run(config, tmp_path, monkeypatch, chan
     elif change == "data":
         other = config.model_copy(update={"domains": {"cooking": config.domains["cooking"]}})
     else:
-        section = config.base_training.model_copy(update={change: 2 * getattr(config.base_training, change)})
-        other = config.model_copy(update={"base_training": section})
+        section = config.base_training["all"]
+        section = section.model_copy(update={change: 2 * getattr(section, change)})
+        other = config.model_copy(update={"base_training": {"all": section}})
     with raises("S605") as info:
         train(other, tmp_path / "bank")
     assert ("batches" if change == "data" else change) in str(info.value)
+
+
+# Stages of the base's training
+
+
+@pytest.fixture(scope="module")
+def staged_config(config, tmp_path_factory) -> TrainConfig:
+    """A stage on a corpus of its own, with types of each text, and one on all domains; one domain."""
+    path = tmp_path_factory.mktemp("copy") / "copy.train.jsonl"
+    rows = [{"text": f"copy {n}", "entities": [[0, 6, "text"]], "labels": ["text"]} for n in range(100, 150)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf8")
+    section = config.base_training["all"]
+    copy = section.model_copy(update={"corpora": [str(path)], "max_steps": 2})
+    domains = {"cooking": config.domains["cooking"]}
+    stages = {"copy": copy, "domains": section}
+    return config.model_copy(update={"base_training": stages, "domains": domains, "unified_training": None})
+
+
+@pytest.fixture(scope="module")
+def staged(staged_config, tmp_path_factory) -> ExpertBank:
+    """The bank of a run in stages that nothing disturbed: do not change it."""
+    return train(staged_config, tmp_path_factory.mktemp("staged") / "bank")
+
+
+def test_train_stages(staged, staged_config, tmp_path, monkeypatch):
+    """Each stage trains on its own corpora, starting from the base that the one before made."""
+    details = staged.details["base_training"]
+    assert [(name, stage["max_steps"]) for name, stage in details.items()] == [("copy", 2), ("domains", BASE_STEPS)]
+    assert "corpora" not in str(details), "the bank names no folder of this machine"
+    seen: List[Any] = []
+    original = run.fine_tune
+
+    def fine_tune(model: Any, tokenizer: Any, batches: List[List[Example]], *args: Any, **kwargs: Any) -> float:
+        before = hash_model(model)
+        loss = original(model, tokenizer, batches, *args, **kwargs)
+        texts = {tokenizer.decode(e.input_ids).splitlines()[1] for batch in batches for e in batch}
+        seen.append((before, hash_model(model), sum(" copy 1" in text for text in texts) / len(texts)))
+        return loss
+
+    monkeypatch.setattr(run, "fine_tune", fine_tune)
+    assert hashes(train(staged_config, tmp_path / "bank").path) == hashes(staged.path)
+    copy, domains, expert = seen
+    assert (copy[2], domains[2], expert[2]) == (1, 0, 0)
+    assert copy[1] == domains[0] != domains[1]
+
+
+def hash_model(model: Any) -> str:
+    """Of the weights as a base on disk has them."""
+    digest = hashlib.sha256()
+    for parameter in model.parameters():
+        digest.update(parameter.detach().bfloat16().view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def test_train_stages_stopped_between(staged, staged_config, tmp_path):
+    """The next run does not train again what is finished."""
+    said: List[str] = []
+
+    def stop(message: str) -> None:
+        if message.startswith("Base, stage 'domains'"):
+            raise Killed
+
+    with pytest.raises(Killed):
+        train_bank(staged_config, tmp_path / "bank", progress=False, report=stop)
+    bank = train_bank(staged_config, tmp_path / "bank", progress=False, report=said.append)
+    assert [message.split(":")[0] for message in said[:2]] == ["Base, stage 'domains'", "'cooking'"]
+    assert hashes(bank.path) == hashes(staged.path)
+
+
+@pytest.mark.parametrize("last_step", [1, 2, 4])
+def test_train_stages_stopped_at_any_step(staged, staged_config, tmp_path, monkeypatch, last_step):
+    def act(step: int, state: Any, control: Any) -> None:
+        control.should_save = control.should_log = True
+        if step == last_step:
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        on_steps(patch, act)
+        with pytest.raises(Killed):
+            train(staged_config, tmp_path / "bank")
+    assert hashes(train(staged_config, tmp_path / "bank").path) == hashes(staged.path)
+
+
+@pytest.mark.parametrize("n_saved", [1, 2])
+@pytest.mark.parametrize("at", ["before", "within", "after"])
+def test_train_stages_stopped_while_the_base_is_saved(staged, staged_config, tmp_path, monkeypatch, n_saved, at):
+    """After the first stage and after the second: the old base is there, or none, or the new one."""
+    original, calls = run.save_base, [0]
+
+    def save_base(model: Any, tokenizer: Any, folder: Path) -> None:
+        calls[0] += 1
+        if calls[0] <= n_saved or at == "after":
+            original(model, tokenizer, folder)
+        if calls[0] > n_saved:
+            if at == "within":
+                shutil.rmtree(folder, ignore_errors=True)
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "save_base", save_base)
+        with pytest.raises(Killed):
+            train(staged_config, tmp_path / "bank")
+    assert hashes(train(staged_config, tmp_path / "bank").path) == hashes(staged.path)
+
+
+def test_train_stages_of_a_bank_that_was_deleted(staged, staged_config, tmp_path):
+    """With the folder of checkpoints left over, the base is made again, and not taken for trained."""
+    shutil.copytree(staged.path.with_name("bank.work"), tmp_path / "bank.work")
+    assert hashes(train(staged_config, tmp_path / "bank").path) == hashes(staged.path)
+
+
+def test_train_stage_corpora_are_checked_before_any_training(staged, staged_config, tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "fine_tune", lambda *args, **kwargs: pytest.fail("trained"))
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"text": "a", "entities": []}\n{"text": "b", "entities": [], "labels": [5]}\n', encoding="utf8")
+    for code, pattern in (("S602", tmp_path / "*.nothing"), ("S603", bad)):
+        last = staged_config.base_training["domains"].model_copy(update={"corpora": [str(pattern)]})
+        stages = {**staged_config.base_training, "domains": last}
+        other = staged_config.model_copy(update={"base_training": stages})
+        with raises(code):
+            train(other, tmp_path / "bank")
+        assert not (tmp_path / "bank").exists()
+        assert hashes(train(other, staged.path).path) == hashes(staged.path), "a finished bank needs them no more"
+
+
+# Other names of types
+
+
+def test_train_with_aliases(config, tmp_path, monkeypatch):
+    """They are asked in every run, and read before any training."""
+    path = tmp_path / "aliases.json"
+    other = config.model_copy(update={"data": config.data.model_copy(update={"aliases": str(path)})})
+    monkeypatch.setattr(run, "fine_tune", lambda *args, **kwargs: pytest.fail("trained"))
+    with raises("S602"):
+        train(other, tmp_path / "bank")
+    for content in ("{", '["meal"]', '{"dish": "meal"}', '{"dish": [5]}'):
+        path.write_text(content, encoding="utf8")
+        with raises("S601"):
+            train(other, tmp_path / "bank")
+    assert not (tmp_path / "bank").exists()
+    path.write_text('{"dish": ["meal"]}', encoding="utf8")
+    asked: List[str] = []
+
+    def fine_tune(model: Any, tokenizer: Any, batches: List[List[Example]], *args: Any, **kwargs: Any) -> float:
+        asked.append("".join(tokenizer.decode(e.input_ids).splitlines()[0] for batch in batches for e in batch))
+        args[0].mkdir(parents=True)
+        return 1.0
+
+    monkeypatch.setattr(run, "fine_tune", fine_tune)
+    train(other, tmp_path / "bank")
+    assert [name for name, types in zip(RUNS, asked) if "meal" in types] == ["base", "cooking", "unified"]
 
 
 # The loss
@@ -387,6 +563,72 @@ def test_train_collator(examples):
         assert mask[-1]
 
 
+def test_train_seq2seq_collator(examples):
+    """Prompts and answers, each padded on the right; answers with their end tokens."""
+    tokenizer = make_tokenizer()
+    batch = sft.Seq2SeqCollator(tokenizer.pad_token_id)([examples])
+    longest_prompt = max(example.n_prompt for example in examples)
+    longest_answer = max(len(example.input_ids) - example.n_prompt for example in examples)
+    assert set(batch) == {"input_ids", "attention_mask", "labels"}
+    assert batch["input_ids"].shape == batch["attention_mask"].shape == (3, longest_prompt)
+    assert batch["labels"].shape == (3, longest_answer)
+    for row, example in enumerate(examples):
+        prompt, answer = example.input_ids[: example.n_prompt], example.input_ids[example.n_prompt :]
+        n_left = longest_prompt - len(prompt)
+        assert batch["input_ids"][row].tolist() == prompt + [tokenizer.pad_token_id] * n_left
+        assert batch["attention_mask"][row].tolist() == [1] * len(prompt) + [0] * n_left
+        assert batch["labels"][row].tolist() == answer + [IGNORED] * (longest_answer - len(answer))
+
+
+@pytest.fixture(scope="module")
+def tiny_bart_path(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("bart")
+    torch.manual_seed(0)
+    save_base(folder, "bart")
+    return folder
+
+
+def test_train_seq2seq_loss_is_on_the_answer_alone(examples, tiny_bart_path):
+    """The mean over all answer tokens, each example taken by itself, the decoder begun with the end token."""
+    tokenizer, model = make_tokenizer(), load_model(tiny_bart_path)
+    with torch.no_grad():
+        loss = model(**sft.Seq2SeqCollator(tokenizer.pad_token_id)([examples])).loss
+        losses = []
+        for example in examples:
+            prompt, answer = torch.tensor([example.input_ids]).split(
+                [example.n_prompt, len(example.input_ids) - example.n_prompt], dim=1
+            )
+            begun = torch.cat([torch.tensor([[tokenizer.eos_token_id]]), answer[:, :-1]], dim=1)
+            logits = model(input_ids=prompt, decoder_input_ids=begun).logits
+            losses.append(cross_entropy(logits[0], answer[0], reduction="none"))
+    torch.testing.assert_close(loss, torch.cat(losses).mean())
+
+
+@pytest.mark.parametrize("architecture", ["llama", "bart"])
+@pytest.mark.parametrize("constrained", [False, True], ids=["free", "grammar"])
+def test_train_accumulated_loss(examples, tiny_bart_path, tmp_path, architecture, constrained):
+    """Micro-batches of one step count together as one batch does: its loss is their mean, and its step as large."""
+    tokenizer = make_tokenizer()
+    torch.manual_seed(0)
+    start = random_llama(tokenizer, 16, 1, 2) if architecture == "llama" else load_model(tiny_bart_path)
+    start.save_pretrained(tmp_path / "start")
+    grammar = make_grammar(PromptEncoder(tokenizer, InlineFormat())) if constrained else None
+    if grammar:
+        examples = [encode_example(grammar.encoder, ["person"], "Anna came.", [(0, 4, "person")], grammar)]
+    found = {}
+    for accumulation in (1, 3):
+        model = load_model(tmp_path / "start")
+        settings = sft.SftSettings(
+            max_steps=1, learning_rate=1e-9, warmup_steps=0, gradient_accumulation=accumulation, bf16=False
+        )
+        batches = [examples[:1]] * accumulation
+        work = tmp_path / str(accumulation)
+        loss = sft.fine_tune(model, tokenizer, batches, work, settings, grammar=grammar, progress=False)
+        state = json.loads((work / "checkpoint-1" / "trainer_state.json").read_text(encoding="utf8"))
+        found[accumulation] = (loss, state["log_history"][0]["grad_norm"])
+    assert found[3] == pytest.approx(found[1], rel=1e-3)
+
+
 def test_train_loss_is_on_the_answer_alone(examples):
     """The model's loss on a batch is the mean over all answer tokens, each example taken by itself."""
     tokenizer = make_tokenizer()
@@ -416,6 +658,20 @@ def test_train_overfits_one_batch(examples, tmp_path):
     logged = [(entry["step"], entry["loss"]) for entry in state["log_history"] if "loss" in entry]
     assert [step for step, _ in logged] == [20, 30]
     assert loss == pytest.approx((20 * logged[0][1] + 10 * logged[1][1]) / 30)
+
+
+def test_train_seq2seq_overfits_one_batch(examples, tiny_bart_path, tmp_path):
+    """What is learned is what the decoder writes."""
+    tokenizer, model = make_tokenizer(), load_model(tiny_bart_path)
+    settings = sft.SftSettings(max_steps=60, learning_rate=0.01, warmup_steps=1, bf16=False)
+    loss = sft.fine_tune(model, tokenizer, [examples] * 60, tmp_path / "work", settings, progress=False)
+    batch = sft.Seq2SeqCollator(tokenizer.pad_token_id)([examples])
+    after = model.eval()(**batch).loss.item()
+    assert after < 0.2 < loss
+    for example in examples:
+        prompt, answer = example.input_ids[: example.n_prompt], example.input_ids[example.n_prompt :]
+        written = model.generate(torch.tensor([prompt]), max_new_tokens=60, do_sample=False)
+        assert written[0, 1:].tolist() == answer
 
 
 @pytest.mark.parametrize("half_written", [None, "", '{"global_step": 3'])
@@ -452,12 +708,28 @@ def test_train_config(tmp_path):
     assert other.unified_training == plain.unified_training
 
 
+def test_train_config_stages(tmp_path):
+    """In the order of the file; each may have corpora of its own."""
+    section = "[base_training.{}]\nmax_steps = {}\nlearning_rate = 0.1\n\n"
+    stages = section.format("z", 2) + section.format("a", 3).replace("\n\n", '\ncorpora = ["x/*.jsonl"]\n\n')
+    config = read_config(write(tmp_path, CONFIG.replace("[lora]", f"{stages}[lora]")))
+    assert [(name, stage.max_steps) for name, stage in config.base_training.items()] == [
+        ("all", BASE_STEPS),
+        ("z", 2),
+        ("a", 3),
+    ]
+    assert [stage.corpora for stage in config.base_training.values()] == [[], [], ["x/*.jsonl"]]
+    without = CONFIG[: CONFIG.index("[base_training]")] + CONFIG[CONFIG.index("[lora]") :]
+    assert read_config(write(tmp_path, without)).base_training == {}
+
+
 def test_train_config_lists_all_problems(tmp_path):
     text = CONFIG.replace('kind = "random"', 'kind = "magic"').replace("rank = 2", "rank = 0\nrang = 3")
+    text = text.replace("[base_training.all]", '[base_training.all]\ncorpus = "x"')
     text = text.replace("max_labels = 3", 'max_labels = "few"').replace('dev = ["${paths.data}/sport.dev.jsonl"]', "")
     with raises("S601") as info:
         read_config(write(tmp_path, text.replace("seed = 5", "sead = 5")))
-    for problem in ("base.kind", "lora.rank", "lora.rang", "data.max_labels", "sead"):
+    for problem in ("base.kind", "base_training.all.corpus", "lora.rank", "lora.rang", "data.max_labels", "sead"):
         assert f"  {problem}: " in str(info.value)
     assert "domains" not in str(info.value).replace(str(tmp_path), "")
 
@@ -468,6 +740,8 @@ def test_train_config_lists_all_problems(tmp_path):
         (CONFIG.replace("[lora]", "[lora"), "lora"),
         (CONFIG.replace("${paths.data}", "${paths.nothing}"), "nothing"),
         (CONFIG.replace("[expert_training]", "[expert]"), "expert_training"),
+        (CONFIG.replace("[base_training.all]", ""), "base_training.max_steps"),
+        (CONFIG.replace("[base_training]", ""), "base_training"),
         ("", "base"),
     ],
 )

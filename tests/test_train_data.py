@@ -14,7 +14,7 @@ from spacy.tokens import Doc, DocBin, Span
 
 from spacy_sam.errors import SamError
 from spacy_sam.prompts import LinesFormat, PromptEncoder
-from spacy_sam.train.data import Dataset, Record, ask, draw_batches, encode_example, load_dataset, read_records
+from spacy_sam.train.data import Dataset, Record, ask, draw_batches, encode_example, load_dataset, read_records, rename
 
 
 def raises(code):
@@ -50,6 +50,20 @@ def test_train_data_jsonl(tmp_path):
         [("日本", "place"), ("Zürich", "place")],
         [("New York City", "place"), ("York", "county")],
     ]
+
+
+def test_train_data_jsonl_with_types_of_each_text(tmp_path):
+    """A text may name the types that were looked for in it; they are types of the corpus, too."""
+    rows: List[Dict[str, Any]] = [
+        {"text": "Ann is in Bern.", "entities": [[10, 14, "town"]], "labels": ["town", "dog"]},
+        {"text": "Nobody is here.", "entities": [], "labels": ["cat"]},
+        {"text": "Ann", "entities": [[0, 3, "person"]]},
+        {"text": "Ann", "entities": [], "labels": None},
+        {"text": "Ann", "entities": [], "labels": []},
+    ]
+    path = write(tmp_path, "a.jsonl", "\n".join(map(json.dumps, rows)))
+    assert [record.labels for record in read_records(path)] == [("town", "dog"), ("cat",), None, None, ()]
+    assert load_dataset(path).labels == ("cat", "dog", "person", "town")
 
 
 @given(st.data())
@@ -94,6 +108,13 @@ GOOD = '{"text": "Ann", "entities": [[0, 3, "person"]]}\n'
         '{"text": "Ann", "entities": [[0, Infinity, "person"]]}',
         '{"text": "Ann", "entities": [[0, true, "person"]]}',
         '{"text": "\\ud800", "entities": []}',
+        '{"text": "Ann", "entities": [], "labels": "person"}',
+        '{"text": "Ann", "entities": [], "labels": {"person": 1}}',
+        '{"text": "Ann", "entities": [], "labels": [5]}',
+        '{"text": "Ann", "entities": [], "labels": [""]}',
+        '{"text": "Ann", "entities": [], "labels": ["person", "person"]}',
+        '{"text": "Ann", "entities": [[0, 3, "person"]], "labels": ["place"]}',
+        '{"text": "Ann", "entities": [[0, 3, "person"]], "labels": []}',
     ],
 )
 def test_train_data_malformed_jsonl_names_the_line(line, tmp_path):
@@ -321,6 +342,52 @@ def test_train_data_ask_leaves_out_types_that_the_dataset_is_not_about():
         assert all(label == "place" for _, _, label in entities)
 
 
+def test_train_data_ask_asks_the_types_of_the_text():
+    """A text with types of its own is asked for all of these, in any order, and for none of the corpus's."""
+    record = Record("Ann in Bern", ((0, 3, "person"), (7, 11, "town")), ("person", "town", "dog"))
+    dataset = Dataset("a", (record,), LABELS)
+    rng = random.Random(0)
+    asked = [ask(dataset, record, rng, 3) for _ in range(60)]
+    assert {tuple(sorted(labels)) for labels, _ in asked} == {("dog", "person", "town")}
+    assert len({tuple(labels) for labels, _ in asked}) == 6
+    assert all(entities == list(record.entities) for _, entities in asked)
+    for _ in range(50):
+        labels, entities = ask(dataset, record, rng, 2)
+        assert len(set(labels)) == 2
+        assert entities == [entity for entity in record.entities if entity[2] in labels]
+
+
+# Other names of types
+
+
+@given(st.data())
+def test_train_data_rename_keeps_its_promises(data):
+    """Each type is asked by its name or an alias of it, no two by the same, and the answer has the names asked."""
+    labels = data.draw(st.lists(st.sampled_from(LABELS), unique=True))
+    few = st.lists(st.sampled_from((*LABELS, "x", "y")), max_size=4)
+    aliases = data.draw(st.dictionaries(st.sampled_from(LABELS), few))
+    entities = [(i, i + 1, label) for i, label in enumerate(data.draw(st.lists(st.sampled_from(labels or LABELS))))]
+    entities = entities if labels else []
+    seed = data.draw(st.integers(0, 10**6))
+    names, renamed = rename(labels, entities, aliases, random.Random(seed))
+    assert len(set(names)) == len(names) == len(labels)
+    assert all(name == label or name in aliases[label] for label, name in zip(labels, names))
+    called = dict(zip(labels, names))
+    assert renamed == [(start, end, called[label]) for start, end, label in entities]
+    assert (names, renamed) == rename(labels, entities, aliases, random.Random(seed))
+
+
+def test_train_data_rename_varies():
+    rng = random.Random(0)
+    aliases = {"person": ["human", "individual"], "place": ["person", "human"], "other": ["never"]}
+    asked = Counter(tuple(rename(["person", "place", "river"], [], aliases, rng)[0]) for _ in range(1000))
+    names = [Counter(labels[i] for labels in asked.elements()) for i in range(3)]
+    assert set(names[0]) == {"person", "human", "individual"}
+    assert 500 < names[0]["person"] < 700, "most often by its own name"
+    assert set(names[1]) == {"place", "human"}
+    assert set(names[2]) == {"river"}
+
+
 # The schedule
 
 
@@ -428,8 +495,9 @@ def test_train_data_schedule_leaves_out_what_is_too_long(encoder):
         ([make_dataset("untyped", 3, labels=()), Dataset("empty", (), ("place",))], 4),
         ([Dataset("long", (Record("long " * 200),), ("place",))], 4),
         ([make_dataset("unasked", 3)], 0),
+        ([Dataset("own", (Record("nothing is asked of it", (), ()),), ("place",))], 4),
     ],
-    ids=["none", "empty", "untyped", "mixed", "long", "unasked"],
+    ids=["none", "empty", "untyped", "mixed", "long", "unasked", "own"],
 )
 def test_train_data_schedule_of_nothing_is_refused(datasets, max_labels, encoder):
     with raises("S606") as caught:
@@ -441,3 +509,34 @@ def test_train_data_schedule_goes_on_without_the_corpora_that_cannot_be_used(enc
     datasets = [make_dataset("untyped", 9, labels=()), Dataset("empty", (), ("place",)), make_dataset("good", 3)]
     drawn = corpora_of(draw_batches(datasets, encoder, **DRAW), encoder)
     assert set(drawn) == {"good"}
+
+
+def prompts_of(batches, encoder):
+    """The types asked by each example, and its answer."""
+    pairs = [(e.input_ids[: e.n_prompt], e.input_ids[e.n_prompt :]) for batch in batches for e in batch]
+    texts = [(encoder.decode(prompt)[0], encoder.decode(answer)[0]) for prompt, answer in pairs]
+    return [(prompt.splitlines()[0].removeprefix("Types: ").split("; "), answer) for prompt, answer in texts]
+
+
+def test_train_data_schedule_uses_aliases(encoder):
+    """Prompts and answers have the same names; without aliases the schedule is as it was."""
+    datasets = [make_dataset("one", 20)]
+    aliases = {"place": ["town", "city"], "person": ["city"]}
+    batches = draw_batches(datasets, encoder, **DRAW, aliases=aliases)
+    assert batches == draw_batches(datasets, encoder, **DRAW, aliases=aliases)
+    prompts = prompts_of(batches, encoder)
+    assert {label for labels, _ in prompts for label in labels} == {"place", "town", "city", "person"}
+    assert all(len(set(labels)) == len(labels) for labels, _ in prompts)
+    answered = [(line.split(" | ")[1], labels) for labels, answer in prompts for line in answer.splitlines()]
+    assert {name for name, _ in answered} == {"place", "town", "city"}
+    assert all(name in labels for name, labels in answered)
+    assert draw_batches(datasets, encoder, **DRAW, aliases={}) == draw_batches(datasets, encoder, **DRAW)
+
+
+def test_train_data_schedule_asks_the_types_of_each_text(encoder):
+    records = tuple(Record(f"{animal} is here", (), (animal, "place")) for animal in ("dog", "cat", "owl"))
+    batches = draw_batches([Dataset("a", records, ("place",))], encoder, **DRAW)
+    for example in (example for batch in batches for example in batch):
+        lines = encoder.decode(example.input_ids)[0].splitlines()
+        animal = lines[1].removeprefix("Text: ").split()[0]
+        assert sorted(lines[0].removeprefix("Types: ").split("; ")) == sorted([animal, "place"])

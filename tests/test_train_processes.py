@@ -20,6 +20,8 @@ n_layers = 2
 n_heads = 2
 
 [base_training]
+
+[base_training.first]
 max_steps = 3
 learning_rate = 0.001
 bf16 = false

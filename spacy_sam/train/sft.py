@@ -235,8 +235,8 @@ def fine_tune(
         train_dataset=Schedule(batches),
         callbacks=[SaveEvery(save_minutes)],
     )
-    if model.config.is_encoder_decoder:
-        # BART takes Trainer's count of tokens and does not look at it: its loss is the mean of a micro-batch.
+    if grammar is not None or model.config.is_encoder_decoder:
+        # The loss is the mean of a micro-batch: BART takes Trainer's count of tokens, and does not look at it.
         trainer.model_accepts_loss_kwargs = False
     checkpoint = last_checkpoint(work)
     if checkpoint:
