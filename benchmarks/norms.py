@@ -49,7 +49,7 @@ def matched_methods(bank: ExpertBank, places: Sequence[Situation]) -> Iterator[M
     sets = sorted({chosen(at) for at in places})
     singles = {name: _norm(bank, TaskModelSpec((name,))) for names in sets for name in names}
     for name, config in METHODS.items():
-        norms = {names: _norm(bank, TaskModelSpec(names, (), config)) for names in sets}
+        norms = {names: _norm(bank, TaskModelSpec(names, (), {**config, "scale": 1.0})) for names in sets}
         for share in NORMS:
             wanted = {names: share * sum(singles[n] for n in names) / len(names) for names in sets}
             configs = {names: {**config, "scale": round(wanted[names] / norms[names], 4)} for names in sets}

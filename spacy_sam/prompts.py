@@ -149,7 +149,8 @@ class InlineFormat:
             if label is not None:
                 start = _last_word(echoed)
                 if label.strip() in labels and start < len(echoed):
-                    mentions.append(Mention(label.strip(), echoed[start:], found.start(), found.end(), start - 1))
+                    at = start - 1 if start else None  # the answer lacks its first space
+                    mentions.append(Mention(label.strip(), echoed[start:], found.start(), found.end(), at))
                     continue
             elif mentions and mentions[-1].end == found.start() and piece[_last_word(piece) :] == piece.strip() != "":
                 last = mentions.pop()
