@@ -71,8 +71,7 @@ class Seq2SeqBatch:
         ids, self.mask = pad_right(prompts, model.device)
         self.encoded = model.get_encoder()(input_ids=ids, attention_mask=self.mask)
         self.cache = EncoderDecoderCache(DynamicCache(config=model.config), DynamicCache(config=model.config))
-        start = model.generation_config.decoder_start_token_id
-        self.start = ids.new_full((len(prompts),), start if start is not None else model.config.decoder_start_token_id)
+        self.start = ids.new_full((len(prompts),), decoder_start(model))
 
     def first(self) -> Tensor:
         return self._step(self.start)
@@ -93,6 +92,12 @@ class Seq2SeqBatch:
             use_cache=True,
         )
         return output.logits[:, -1].float()
+
+
+def decoder_start(model: Any) -> Any:
+    """The token id (int) that an encoder-decoder's answers begin with; None if its configs name none."""
+    start = model.generation_config.decoder_start_token_id
+    return start if start is not None else model.config.decoder_start_token_id
 
 
 def _pad_left(bodies: Sequence[Sequence[int]], n_prefix: int, device: Any) -> Tuple[Tensor, Tensor]:

@@ -57,7 +57,6 @@ class InlineGrammar:
         self.encoder = encoder
         self.end_id: int = encoder.tokenizer.eos_token_id
         self.opening, self.middle, self.closing = (tuple(encoder.plain(mark)) for mark in InlineFormat.marks)
-        self._tries: Dict[Tokens, Trie] = {}
         self._labels: Dict[str, Tokens] = {}
 
     def walk(self, labels: Sequence[str], text: str) -> "InlineWalk":

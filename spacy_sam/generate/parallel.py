@@ -12,7 +12,7 @@ from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 import torch
 from torch import Tensor
 
-from .batches import pad_right
+from .batches import decoder_start, pad_right
 from .constrain import InlineGrammar, Source, Tokens, Trie
 
 BAR: Tokens = ()  # in place of a label: the word goes on with the entity before it
@@ -143,7 +143,7 @@ def decode(model: Any, prompts: Sequence[Sequence[int]], guesses: Sequence[Guess
 
 def _decide(model: Any, encoded: Tensor, mask: Tensor, rows: Sequence[Guess]) -> List[Tuple[List[int], List[float]]]:
     """For each row, the best choice at each of its decisions and its log-probability."""
-    start = model.config.decoder_start_token_id
+    start = decoder_start(model)
     inputs, _ = pad_right([[start, *row.tokens[:-1]] for row in rows], encoded.device)
     hidden = model.get_decoder()(
         input_ids=inputs, encoder_hidden_states=encoded, encoder_attention_mask=mask, use_cache=False
@@ -171,9 +171,9 @@ def _logits(model: Any, hidden: Tensor, allowed: Tensor) -> Tensor:
 
 def can_decode(model: Any) -> bool:
     """Whether this model's logits are its decoder's output times the output embeddings, as for BART and not for all."""
-    if not model.config.is_encoder_decoder or model.config.decoder_start_token_id is None:
+    if not model.config.is_encoder_decoder or decoder_start(model) is None:
         return False
-    start = torch.tensor([[model.config.decoder_start_token_id]], device=model.device)
+    start = torch.tensor([[decoder_start(model)]], device=model.device)
     with torch.inference_mode():
         encoded = model.get_encoder()(input_ids=start)
         whole = model(encoder_outputs=encoded, decoder_input_ids=start, use_cache=False).logits[0].float()

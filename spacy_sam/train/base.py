@@ -19,7 +19,6 @@ from transformers import (
 )
 
 POSITION_OFFSET = 2  # BART keeps its first two position vectors free
-LOGIT_SCALE = 1.0
 CASE_SPREAD = 0.15  # how far apart the forms of one word piece start, in standard deviations of the vectors
 
 
@@ -62,9 +61,6 @@ def seq2seq_from_encoder(
         for source, target in zip(_evenly(encoder.encoder.layer, n_decoder_layers), model.model.decoder.layers):
             _move_layer(source, target)
             _move_attention(source.attention, target.encoder_attn, target.encoder_attn_layer_norm)
-        last = model.model.decoder.layers[-1].final_layer_norm
-        last.weight.mul_(LOGIT_SCALE)
-        last.bias.mul_(LOGIT_SCALE)
     return model
 
 
