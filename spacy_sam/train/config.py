@@ -34,11 +34,14 @@ class BaseSection(Section):
     encoder-decoder made from an uncased BERT-shaped encoder (`source`; empty for the offline extra's MiniLM), with its
     word pieces in a cased vocabulary. "random": a small Llama from nothing. The last two are written into the bank, and
     trained if there are `[base_training.STAGE]` sections.
+
+    texts: Glob patterns of corpora that the vocabulary is learned from; empty for those of all domains.
     """
 
     kind: Literal["hub", "encoder", "random"]
     source: Optional[str] = None
     revision: Optional[str] = None
+    texts: List[str] = []
     vocab_size: int = Field(default=20000, ge=300)
     context: int = Field(default=512, ge=64)
     hidden_size: int = Field(default=256, ge=8)

@@ -129,7 +129,8 @@ class _Run:
         self.say("Base: learning the vocabulary")
         section = self.config.base
         torch.manual_seed(self.config.seed)
-        texts = (record.text for dataset in self.everything for record in dataset.records)
+        datasets = [load_dataset(path) for path in expand(section.texts)] or self.everything
+        texts = (record.text for dataset in datasets for record in dataset.records)
         if section.kind == "encoder":
             source = section.source or offline_encoder_path()
             if source is None:
