@@ -6,7 +6,7 @@ import random
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Callable, Dict, FrozenSet, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, FrozenSet, List, Optional, Sequence, Tuple
 
 import numpy as np
 from spacy.language import Language
@@ -24,7 +24,7 @@ from spacy_sam.write import merge_windows, to_spans
 
 Entities = FrozenSet[Tuple[int, int, str]]
 EXCLUDED = ("miscellaneous",)
-VERSION = 1  # of what is kept on disk
+VERSION = 2  # of what is kept on disk
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,9 @@ class Predictions:
 
     def _key(self, spec: TaskModelSpec, target: Target) -> str:
         adapters = {name: self.bank.adapter_hash(name) for name in spec.experts}
-        return fingerprint([VERSION, self.bank.base_hash, adapters, spec.fingerprint, target.key])
+        engine: Any = self.component.parts.annotator.engine
+        decoding = [str(engine.model.dtype), engine.entity_bias]
+        return fingerprint([VERSION, self.bank.base_hash, adapters, spec.fingerprint, target.key, decoding])
 
     def _run(self, spec: TaskModelSpec, target: Target, path: Path) -> None:
         annotator = self.component.parts.annotator

@@ -22,7 +22,11 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 
 @dataclass(frozen=True)
 class BankFile(Strict):
-    """What `bank.json` says. `base` is a folder inside the bank, a path, or a hub id (with `revision`)."""
+    """What `bank.json` says.
+
+    base: A folder inside the bank, a path, or a hub id (with `revision`).
+    decoding: How its task models are best decoded: `{"entity_bias": logits}`; see `ExpertBank.entity_bias`.
+    """
 
     base: str
     base_hash: str
@@ -32,6 +36,7 @@ class BankFile(Strict):
     revision: Optional[str] = None
     name: str = "bank"
     experts: Tuple[str, ...] = ()
+    decoding: Dict[str, float] = field(default_factory=dict)
     details: Dict[str, Any] = field(default_factory=dict)
 
 
@@ -108,6 +113,17 @@ class ExpertBank:
     @property
     def details(self) -> Dict[str, Any]:
         return dict(self._file.details)
+
+    @property
+    def entity_bias(self) -> float:
+        """Added to the logit of beginning an entity wherever the grammar lets one begin; see `TorchEngine`."""
+        return self._file.decoding.get("entity_bias", 0.0)
+
+    @entity_bias.setter
+    def entity_bias(self, logits: float) -> None:
+        file = _read_bank_file(self.path)  # again: another process may have changed the bank since it was opened
+        self._file = replace(file, decoding={**file.decoding, "entity_bias": logits})
+        write_json(self.path / BANK_FILE, to_json(self._file))
 
     @property
     def base(self) -> Tuple[str, Optional[str]]:

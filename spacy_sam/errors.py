@@ -4,6 +4,8 @@ Codes: S1xx bank and plan, S2xx prompts, windows and alignment, S3xx selection, 
 S5xx generation, S6xx training and data, S7xx the spaCy component, S8xx command line and evaluation.
 """
 
+import math
+
 MESSAGES = {
     # Bank and plan
     "S101": "No bank at {path}: there is no 'bank.json' in it. Give the folder that `spacy sam train` wrote, "
@@ -97,6 +99,12 @@ class SamError(ValueError):
 
 def _rebuild(code: str, fields: dict) -> SamError:
     return SamError(code, **fields)
+
+
+def check_finite(setting: str, value: object) -> None:
+    """RAISES: SamError S205 unless `value` is a finite number. confection passes strings for numbers."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise SamError("S205", setting=setting, expected="a finite number", found=repr(value))
 
 
 def check_whole(setting: str, value: object, least: int = 1) -> None:

@@ -6,7 +6,7 @@ Nothing heavy is imported before a function is called.
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Dict, Optional, Tuple
 
-from .errors import check_whole
+from .errors import check_finite, check_whole
 
 if TYPE_CHECKING:
     from .bank import ExpertBank
@@ -96,10 +96,13 @@ class TorchEngineMaker:
     tokens_per_batch: int = 8192
     local_files_only: bool = False
     constrained: bool = True
+    entity_bias: Optional[float] = None
 
     def __post_init__(self) -> None:
         for setting in ("max_new_tokens", "tokens_per_batch"):
             check_whole(setting, getattr(self, setting))
+        if self.entity_bias is not None:
+            check_finite("entity_bias", self.entity_bias)
 
     def __call__(self, bank: "ExpertBank") -> "Engine":
         from .generate.torch_engine import TorchEngine
@@ -114,9 +117,10 @@ def make_torch_engine(
     tokens_per_batch: int = 8192,
     local_files_only: bool = False,
     constrained: bool = True,
+    entity_bias: Optional[float] = None,
 ) -> TorchEngineMaker:
     """`spacy_sam.TorchEngine.v1`: see `generate.torch_engine`."""
-    return TorchEngineMaker(device, dtype, max_new_tokens, tokens_per_batch, local_files_only, constrained)
+    return TorchEngineMaker(device, dtype, max_new_tokens, tokens_per_batch, local_files_only, constrained, entity_bias)
 
 
 def resolve_method(config: Dict[str, Any]) -> "MergeMethod":

@@ -28,6 +28,7 @@ DEFAULT_CONFIG: Dict[str, Any] = {
         "tokens_per_batch": 8192,
         "local_files_only": False,
         "constrained": True,
+        "entity_bias": None,
     },
     "selection": "stream",
     "look_ahead": 100,

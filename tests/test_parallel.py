@@ -7,11 +7,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spacy_sam.bank import ExpertBank
+from spacy_sam.errors import SamError
 from spacy_sam.generate import parallel
 from spacy_sam.generate.engine import Request
 from spacy_sam.generate.torch_engine import TorchEngine
 from spacy_sam.plan import TaskModelSpec
-from spacy_sam.registered import resolve_method
+from spacy_sam.registered import make_torch_engine, resolve_method
 
 LABELS = ("person", "place", "place name", "person or place")
 words = st.text(alphabet="abA9é-.(東", min_size=1, max_size=6)
@@ -108,3 +109,50 @@ def test_models_with_other_heads_are_left_to_steps(engine):
             assert not parallel.can_decode(model)
         finally:
             model.lm_head = head
+
+
+BIASED = [Request(TaskModelSpec(), LABELS, text) for text in ("abc def (ghi), jkl", "some text", "9 9 b A-a")]
+
+
+@pytest.mark.parametrize("bias", [-1.0, 0.02, 0.1, 5.0])
+def test_parallel_is_step_by_step_with_a_bias(engine, monkeypatch, bias):
+    monkeypatch.setattr(engine, "entity_bias", bias)
+    fast, slow = engine.generate(BIASED), step_by_step(engine, BIASED)
+    assert [one.text for one in fast] == [other.text for other in slow]
+    assert [one.logprobs for one in fast] == [pytest.approx(other.logprobs, abs=1e-4) for other in slow]
+
+
+def test_entity_bias_decides_how_many_entities_begin(engine, monkeypatch):
+    monkeypatch.setattr(engine, "_limit", lambda n_body, n_prefix: 400)  # room for a mark behind every word
+    n_found = []
+    for bias in (-50.0, 0.0, 50.0):
+        monkeypatch.setattr(engine, "entity_bias", bias)
+        n_found.append(sum(completion.text.count("⟨") for completion in engine.generate(BIASED)))
+    n_words = sum(sum(engine.grammar.source(request.text).ends_word) for request in BIASED)
+    assert n_found[0] == 0 < n_found[1] < n_found[2] == n_words
+
+
+def test_entity_bias_is_not_in_the_scores(engine, monkeypatch):
+    """A mark that is forced by the bias has the probability that the model gave it."""
+    request = BIASED[1]
+    (plain,) = engine.generate([request])
+    monkeypatch.setattr(engine, "entity_bias", 50.0)
+    (biased,) = engine.generate([request])
+    first = next(at for at, (one, other) in enumerate(zip(plain.logprobs, biased.logprobs)) if one != other)
+    kept, marked = plain.logprobs[first], biased.logprobs[first]
+    assert torch.tensor([kept, marked]).exp().sum().item() == pytest.approx(1, abs=1e-4)
+
+
+def test_the_bank_has_a_bias_and_the_engine_another(bank):
+    assert bank.entity_bias == 0.0
+    bank.entity_bias = 0.5
+    assert ExpertBank(bank.path).entity_bias == 0.5
+    assert TorchEngine(bank, resolve_method, device="cpu").entity_bias == 0.5
+    assert TorchEngine(bank, resolve_method, device="cpu", entity_bias=0.0).entity_bias == 0.0
+    bank.entity_bias = 0.0
+
+
+@pytest.mark.parametrize("bias", ["1", True, float("nan"), float("inf")])
+def test_a_bias_is_a_finite_number(bias):
+    with pytest.raises(SamError, match=r"S205.*'entity_bias'.*finite number"):
+        make_torch_engine(entity_bias=bias)

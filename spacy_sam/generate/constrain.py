@@ -12,7 +12,12 @@ Tokens = Tuple[int, ...]
 
 
 class Walk(Protocol):
-    """One answer on its way through a grammar."""
+    """One answer on its way through a grammar.
+
+    opening: The token that begins an entity's mark.
+    """
+
+    opening: int
 
     def allowed(self) -> Tokens:
         """Token ids of which the next one is; never none. A single one is forced."""
@@ -117,6 +122,7 @@ class InlineWalk:
 
     def __init__(self, grammar: InlineGrammar, source: Source, labels: Trie) -> None:
         self.grammar = grammar
+        self.opening = grammar.opening[0]
         self.source = source
         self.labels = labels
         self.at = 0  # the text's next token

@@ -118,13 +118,14 @@ def _path(labels: Trie, begin: Tokens) -> Tokens:
     return tuple(path)
 
 
-def decode(model: Any, prompts: Sequence[Sequence[int]], guesses: Sequence[Guess]) -> None:
+def decode(model: Any, prompts: Sequence[Sequence[int]], guesses: Sequence[Guess], entity_bias: float = 0.0) -> None:
     """Make every guess the model's greedy answer under the grammar.
 
     model (Any): An encoder-decoder in evaluation mode.
     prompts (Sequence[Sequence[int]]): Token ids of each row's prompt.
     guesses (Sequence[Guess]): One for each row, with any marks to begin with; they are changed. Log-probabilities are of the
-        chosen token among the allowed ones, 0 where there is no choice.
+        chosen token among the allowed ones, 0 where there is no choice, and do not have the bias in them.
+    entity_bias (float): Added to the logit of beginning an entity.
     """
     ids, mask = pad_right(prompts, model.device)
     encoded = model.get_encoder()(input_ids=ids, attention_mask=mask).last_hidden_state
@@ -133,7 +134,7 @@ def decode(model: Any, prompts: Sequence[Sequence[int]], guesses: Sequence[Guess
         rows = [guesses[number] for number in active]
         for row in rows:
             row.write()
-        answers = _decide(model, encoded, mask, rows)
+        answers = _decide(model, encoded, mask, rows, entity_bias)
         going_on = [place for place, (row, answer) in enumerate(zip(rows, answers)) if not row.settle(*answer)]
         if len(going_on) < len(active):
             kept = torch.tensor(going_on, dtype=torch.long, device=encoded.device)
@@ -141,7 +142,9 @@ def decode(model: Any, prompts: Sequence[Sequence[int]], guesses: Sequence[Guess
             active = [active[place] for place in going_on]
 
 
-def _decide(model: Any, encoded: Tensor, mask: Tensor, rows: Sequence[Guess]) -> List[Tuple[List[int], List[float]]]:
+def _decide(
+    model: Any, encoded: Tensor, mask: Tensor, rows: Sequence[Guess], entity_bias: float
+) -> List[Tuple[List[int], List[float]]]:
     """For each row, the best choice at each of its decisions and its log-probability."""
     start = decoder_start(model)
     inputs, _ = pad_right([[start, *row.tokens[:-1]] for row in rows], encoded.device)
@@ -153,10 +156,20 @@ def _decide(model: Any, encoded: Tensor, mask: Tensor, rows: Sequence[Guess]) ->
         return [([], []) for _ in rows]
     at = torch.tensor([[number, decision.place] for number, decision in flat], device=encoded.device)
     allowed, _ = pad_right([decision.allowed for _, decision in flat], encoded.device, -1)
-    scores = _logits(model, hidden[at[:, 0], at[:, 1]], allowed).log_softmax(-1)
-    best = scores.max(-1)
-    chosen, values = iter(best.indices.tolist()), iter(best.values.tolist())
+    opening = rows[0].grammar.opening[0]
+    best, scores = best_allowed(_logits(model, hidden[at[:, 0], at[:, 1]], allowed), allowed, opening, entity_bias)
+    chosen, values = iter(best.tolist()), iter(scores.tolist())
     return [([next(chosen) for _ in row.decisions], [next(values) for _ in row.decisions]) for row in rows]
+
+
+def best_allowed(logits: Tensor, allowed: Tensor, opening: int, entity_bias: float) -> Tuple[Tensor, Tensor]:
+    """The best choice of each row, with a bias for beginning an entity, and its log-probability without.
+
+    logits (Tensor): [n, choices], -inf for none. allowed (Tensor): The token ids, [n, choices]. opening: That of the mark.
+    RETURNS (Tuple[Tensor, Tensor]): Places among the choices and natural log-probabilities, both [n].
+    """
+    best = (logits + entity_bias * (allowed == opening)).argmax(-1)
+    return best, logits.log_softmax(-1).gather(-1, best[:, None])[:, 0]
 
 
 def _logits(model: Any, hidden: Tensor, allowed: Tensor) -> Tensor:
