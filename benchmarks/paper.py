@@ -157,19 +157,21 @@ def main(
     density: float = typer.Option(0.2, help="Of TIES."),
     scale: float = typer.Option(1.0, help="Of TIES."),
     methods: bool = typer.Option(True, help="Compare merge methods."),
+    dtype: str = typer.Option("bfloat16", help="Of the task models: float32 or bfloat16."),
     cache: Path = typer.Option(Path(".cache/paper"), help="Where answers are kept."),
     name: str = typer.Option("paper", help="Name of the results file."),
     page: Optional[Path] = typer.Option(None, help="Write the page here, docs/results.md for the project's own."),
 ) -> None:
     """Measure, and write `results/NAME.json` and the page."""
     paths = sorted(path for group in groups.split(",") for path in (data / group).glob("*.test.jsonl"))
-    nlp, component = ev.make_pipeline(bank, labels=["any"])
+    engine = {"@misc": "spacy_sam.TorchEngine.v1", "dtype": dtype}
+    nlp, component = ev.make_pipeline(bank, labels=["any"], engine=engine)
     predictions = Predictions(nlp, component, cache, say=lambda line: print(line, flush=True))
     merge = make_ties(density, scale)
     comparison = Comparison(predictions, [read_target(path, limit) for path in paths], merge)
     table = main_table(comparison, r.main_rows(predictions))
     details: Dict[str, Any] = {
-        "settings": {"density": density, "scale": scale, "limit": limit, "seeds": list(SEEDS), "groups": groups},
+        "settings": {"density": density, "scale": scale, "dtype": dtype, "limit": limit, "seeds": list(SEEDS), "groups": groups},
         "n_texts": {target.name: len(target.records) for target in comparison.targets},
         "table": table,
         "sweeps": sweeps(comparison),
