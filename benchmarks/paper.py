@@ -24,7 +24,7 @@ SEEDS = (0, 1, 2)
 N_DRAWS = 1000
 SAMPLE_SIZES = (1, 3, 10, 30, 100)
 # A corpus of each source domain, as a target: the paper's appendix finds that one expert is best there.
-SOURCES = ("ncbi_disease", "e_ner", "conll2003", "broad_twitter", "scierc", "sgd_transport")
+SOURCES = ("ncbi_disease", "inlegalner", "conll2003", "broad_twitter", "scierc", "sgd_transport")
 
 
 class Comparison:
@@ -171,7 +171,14 @@ def main(
     comparison = Comparison(predictions, [read_target(path, limit) for path in paths], merge)
     table = main_table(comparison, r.main_rows(predictions))
     details: Dict[str, Any] = {
-        "settings": {"density": density, "scale": scale, "dtype": dtype, "limit": limit, "seeds": list(SEEDS), "groups": groups},
+        "settings": {
+            "density": density,
+            "scale": scale,
+            "dtype": dtype,
+            "limit": limit,
+            "seeds": list(SEEDS),
+            "groups": groups,
+        },
         "n_texts": {target.name: len(target.records) for target in comparison.targets},
         "table": table,
         "sweeps": sweeps(comparison),

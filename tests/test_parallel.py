@@ -89,6 +89,23 @@ def test_any_first_guess_leads_to_the_same_answer(engine, marks):
     assert grammar.encoder.decode(guess.tokens[:-1])[0] == expected.text
 
 
+def test_one_task_model_s_answers_are_first_guesses_of_the_next(engine, bank, monkeypatch):
+    """With the same result as without, in fewer passes over the texts than from nothing."""
+    requests = [Request(TaskModelSpec(), LABELS, f"some {word} text ({word}) here") for word in ["abc", "def", "ghi"]]
+    passes = []
+    decide = parallel._decide
+    monkeypatch.setattr(parallel, "_decide", lambda *args: passes.append(1) or decide(*args))
+    engine._guesses.clear()
+    first = engine.generate(requests)
+    n_first = len(passes)
+    assert [a.text for a in engine.generate(requests)] == [a.text for a in first]
+    assert len(passes) - n_first == 1 < n_first
+    others = [request._replace(task_model=TaskModelSpec(("expert0",))) for request in requests]
+    found = engine.generate(others)
+    engine._guesses.clear()
+    assert [a.text for a in engine.generate(others)] == [a.text for a in found]
+
+
 def test_answers_are_cut_at_the_limit(engine, monkeypatch):
     requests = [Request(TaskModelSpec(), LABELS, "9 9 9 9 9 9 (abc) def 9 9")]
     (whole,) = engine.generate(requests)

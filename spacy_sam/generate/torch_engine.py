@@ -22,6 +22,7 @@ from .engine import Completion, Request
 logger = logging.getLogger("spacy_sam")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 MAX_PREFIXES = 32  # kept at a time, for pipelines that change their labels often
+MAX_GUESSES = 10_000  # answers kept at a time, as first guesses of other task models
 
 
 class _Row(NamedTuple):
@@ -100,6 +101,7 @@ class TorchEngine:
         self.tokens_per_batch = tokens_per_batch
         self.end_ids = _end_ids(self.model, tokenizer)
         self._prefixes: Dict[Tuple[str, Tuple[str, ...]], Any] = {}
+        self._guesses: Dict[Tuple[Tuple[str, ...], str], parallel.Marks] = {}
 
     def token_starts(self, text: str) -> List[int]:
         return self.encoder.starts(text)
@@ -209,8 +211,14 @@ class TorchEngine:
         labels = self.grammar.trie(group.labels)
         limits = [self._limit(len(row.body), len(group.prefix)) for row in batch]
         sources = [self.grammar.source(str(row.text)) for row in batch]
-        guesses = [parallel.Guess(self.grammar, *row) for row in zip(sources, repeat(labels), limits)]
+        # What another task model found in a text is mostly what this one finds: fewer passes, and the same answer.
+        keys = [(group.labels, str(row.text)) for row in batch]
+        known = [dict(self._guesses.get(key, {})) for key in keys]
+        guesses = [parallel.Guess(self.grammar, *row) for row in zip(sources, repeat(labels), limits, known)]
         parallel.decode(self.model, [[*group.prefix, *row.body] for row in batch], guesses, self.entity_bias)
+        if len(self._guesses) + len(batch) > MAX_GUESSES:
+            self._guesses.clear()
+        self._guesses.update(zip(keys, (guess.marks for guess in guesses)))
         return [self._completion(guess.tokens, guess.logprobs) for guess in guesses]
 
     def _walks(self, group: _Group, batch: List[_Row]) -> Optional[List[Walk]]:
