@@ -272,8 +272,8 @@ def choose(
     allowed = [torch.tensor(walk.allowed()) for walk in walks]
     ids = torch.nn.utils.rnn.pad_sequence(allowed, batch_first=True, padding_value=-1).to(logits.device)
     kept = logits.gather(1, ids.clamp_min(0)).float().masked_fill(ids < 0, float("-inf"))
-    best, scores = parallel.best_allowed(kept, ids, walks[0].opening, entity_bias)
-    return ids.gather(1, best[:, None])[:, 0], scores
+    places, scores = parallel.best_allowed(kept, ids, walks[0].opening, entity_bias)
+    return ids.gather(1, places[:, None])[:, 0], scores
 
 
 def resolve_device(device: Optional[str]) -> torch.device:
