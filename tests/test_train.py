@@ -11,7 +11,7 @@ import pytest
 import torch
 from helpers import load_model, make_tokenizer, save_base
 from torch.nn.functional import cross_entropy
-from transformers import Trainer
+from transformers import AutoTokenizer, Trainer
 
 from spacy_sam.bank import ExpertBank
 from spacy_sam.errors import SamError
@@ -504,6 +504,17 @@ def test_train_stage_corpora_are_checked_before_any_training(staged, staged_conf
             train(other, tmp_path / "bank")
         assert not (tmp_path / "bank").exists()
         assert hashes(train(other, staged.path).path) == hashes(staged.path), "a finished bank needs them no more"
+
+
+def test_train_vocabulary_of_other_texts(config, whole, tmp_path):
+    """A word that is frequent in the given texts, and in no domain's, is a token."""
+    path = tmp_path / "texts.jsonl"
+    path.write_text('{"text": "quokka quokka quokka", "entities": []}\n' * 50, encoding="utf8")
+    other = config.model_copy(update={"base": config.base.model_copy(update={"texts": [str(path)]})})
+    tokens = {}
+    for name, bank in (("domains", whole), ("texts", train(other, tmp_path / "bank"))):
+        tokens[name] = AutoTokenizer.from_pretrained(bank.base[0]).tokenize(" quokka")
+    assert len(tokens["texts"]) == 1 < len(tokens["domains"])
 
 
 # Other names of types
