@@ -106,6 +106,29 @@ def test_one_task_model_s_answers_are_first_guesses_of_the_next(engine, bank, mo
     assert [a.text for a in engine.generate(others)] == [a.text for a in found]
 
 
+def test_choices_that_take_turns_come_to_an_end(engine, monkeypatch):
+    """Rounding that changes from pass to pass, at its worst: every choice is another one in every second pass."""
+    decide, passes = parallel._decide, []
+
+    def flickering(*args):
+        passes.append(1)
+        assert len(passes) < 200
+        answers = decide(*args)
+        rows = args[3]
+        turned = [
+            [(choice + len(passes)) % len(d.allowed) for choice, d in zip(chosen, row.decisions)]
+            for row, (chosen, _) in zip(rows, answers)
+        ]
+        return [(chosen, scores) for chosen, (_, scores) in zip(turned, answers)]
+
+    monkeypatch.setattr(parallel, "_decide", flickering)
+    engine._guesses.clear()
+    (answer,) = engine.generate([Request(TaskModelSpec(), LABELS, "some text (abc) here, and more")])
+    assert answer.finished
+    assert len(passes) > 5
+    engine._guesses.clear()
+
+
 def test_answers_are_cut_at_the_limit(engine, monkeypatch):
     requests = [Request(TaskModelSpec(), LABELS, "9 9 9 9 9 9 (abc) def 9 9")]
     (whole,) = engine.generate(requests)

@@ -45,6 +45,7 @@ class Guess:
     tokens: List[int] = field(default_factory=list)
     decisions: List[Decision] = field(default_factory=list)
     logprobs: List[float] = field(default_factory=list)
+    settled: List[float] = field(default_factory=list)  # log-probabilities of the first decisions, which are for good
 
     def write(self) -> None:
         """The answer's tokens and decisions, by the marks. A bar that has no entity before it becomes a label."""
@@ -82,12 +83,21 @@ class Guess:
             node = node.children[token]
 
     def settle(self, chosen: Sequence[int], scores: Sequence[float]) -> bool:
-        """Take over what the model decides at each decision. RETURNS (bool): Whether the answer was right already."""
-        if all(choice == decision.guess for choice, decision in zip(chosen, self.decisions)):
+        """Take over what the model decides at each decision. RETURNS (bool): Whether the answer was right already.
+
+        What was decided after right decisions alone is not asked again: rounding differs with the shapes of a batch, and two
+        choices that are as good as equal could take turns for ever.
+        """
+        done = len(self.settled)
+        chosen = [*(decision.guess for decision in self.decisions[:done]), *chosen[done:]]
+        scores = [*self.settled, *scores[done:]]
+        wrong = [at for at, decision in enumerate(self.decisions) if chosen[at] != decision.guess]
+        if not wrong:
             self.logprobs = [0.0] * len(self.tokens)
             for decision, score in zip(self.decisions, scores):
                 self.logprobs[decision.place] = score
             return True
+        self.settled = list(scores[: wrong[0] + 1])
         marks: Marks = {}
         for choice, decision in zip(chosen, self.decisions):
             token = decision.allowed[choice]
