@@ -173,8 +173,28 @@ def test_base_encoder_gives_what_it_gave(base, encoder, vocabulary):
 def test_base_word_vectors_are_the_encoder_s_and_can_be_told_apart(base, encoder, vocabulary):
     own, given = base.get_input_embeddings().weight, encoder.embeddings.word_embeddings.weight
     wanted = torch.stack([given[list(ids)].mean(0) for ids in vocabulary.pieces])
-    assert cosine_similarity(own, wanted, dim=-1).min() > 0.9
+    assert cosine_similarity(own, wanted, dim=-1).min() > 0.85
     assert len({tuple(row) for row in own.tolist()}) == len(own)
+
+
+@torch.no_grad()
+def test_base_capitals_are_a_direction(base, encoder, vocabulary):
+    """The same for all words, so that a word never seen with a capital is known to have one; in capitals is another."""
+    own, given = base.get_input_embeddings().weight, encoder.embeddings.word_embeddings.weight
+    moved = own - torch.stack([given[list(ids)].mean(0) for ids in vocabulary.pieces])
+    tokens = vocabulary.tokenizer.convert_ids_to_tokens(range(len(own)))
+    words = [vocabulary.tokenizer.convert_tokens_to_string([token]).strip() for token in tokens]
+    forms = {
+        "lower": [at for at, word in enumerate(words) if word.islower() and len(word) > 1],
+        "title": [at for at, word in enumerate(words) if word.istitle()],
+        "upper": [at for at, word in enumerate(words) if word.isupper() and len(word) > 1],
+    }
+    means = {name: moved[places].mean(0) for name, places in forms.items()}
+    for name, places in forms.items():
+        assert len(places) > 5
+        near = cosine_similarity(moved[places], means[name][None], dim=-1)
+        assert near.mean() < 0.6 if name == "lower" else near.min() > 0.6
+    assert abs(cosine_similarity(means["title"], means["upper"], dim=0)) < 0.5
 
 
 def test_base_decoder_starts_from_some_layers(base, encoder):

@@ -19,7 +19,10 @@ from transformers import (
 )
 
 POSITION_OFFSET = 2  # BART keeps its first two position vectors free
-CASE_SPREAD = 0.15  # how far apart the forms of one word piece start, in standard deviations of the vectors
+# Capitals are two directions in the space of word vectors, the same for all words, so that what is learned of one capitalised
+# word holds for all. As long as this share of a mean word vector: seen by every layer, and little against what the word means.
+CASE_LENGTH = 0.3
+FORM_SPREAD = 0.15  # how far apart the forms of one word piece start otherwise, in standard deviations of the vectors
 
 
 def random_llama(tokenizer: PreTrainedTokenizerFast, hidden_size: int, n_layers: int, n_heads: int) -> LlamaForCausalLM:
@@ -53,7 +56,7 @@ def seq2seq_from_encoder(
     encoder = AutoModel.from_pretrained(encoder_path, local_files_only=True, dtype=torch.float32)
     model = BartForConditionalGeneration(_config(encoder.config, tokenizer, n_decoder_layers))
     with torch.no_grad():
-        model.model.shared.weight.copy_(_word_vectors(encoder, pieces))
+        model.model.shared.weight.copy_(_word_vectors(encoder, pieces, tokenizer))
         for part in (model.model.encoder, model.model.decoder):
             _move_positions(encoder.embeddings, part)
         for source, target in zip(encoder.encoder.layer, model.model.encoder.layers):
@@ -87,11 +90,26 @@ def _config(encoder: Any, tokenizer: PreTrainedTokenizerFast, n_decoder_layers: 
     )
 
 
-def _word_vectors(encoder: Any, pieces: Sequence[Tuple[int, ...]]) -> torch.Tensor:
-    """[vocab, hidden]: the mean of each token's pieces, and a little noise, so that its cased forms can be told apart."""
+def _word_vectors(encoder: Any, pieces: Sequence[Tuple[int, ...]], tokenizer: PreTrainedTokenizerFast) -> torch.Tensor:
+    """[vocab, hidden]: the mean of each token's pieces, a direction for capitals, and a little noise of its own."""
     vectors = encoder.embeddings.word_embeddings.weight
     moved = torch.stack([vectors[list(ids)].mean(0) for ids in pieces])
-    return moved + CASE_SPREAD * vectors.std() * torch.randn(moved.shape)
+    directions = torch.nn.functional.normalize(torch.randn(2, moved.shape[1]), dim=1)
+    words = [
+        tokenizer.convert_tokens_to_string([token]).strip()
+        for token in tokenizer.convert_ids_to_tokens(list(range(len(pieces))))
+    ]
+    cases = torch.tensor([[_is_capitalised(word), _is_in_capitals(word)] for word in words], dtype=moved.dtype)
+    moved = moved + CASE_LENGTH * vectors.norm(dim=1).mean() * cases @ directions
+    return moved + FORM_SPREAD * vectors.std() * torch.randn(moved.shape)
+
+
+def _is_capitalised(word: str) -> bool:
+    return word[:1].isupper() and not _is_in_capitals(word)
+
+
+def _is_in_capitals(word: str) -> bool:
+    return len(word) > 1 and word.isupper()
 
 
 def _move_positions(embeddings: Any, target: Any) -> None:
