@@ -264,6 +264,27 @@ def test_train_says_what_it_does(config, tmp_path, whole):
     assert said[1].startswith("'cooking' is in the bank")
 
 
+def test_train_says_what_is_left_though_the_config_changed(config, tmp_path, whole):
+    shutil.copytree(whole.path, tmp_path / "bank")
+    before = hashes(tmp_path / "bank")
+    said: List[str] = []
+    train_bank(config, tmp_path / "bank", progress=False, report=said.append)
+    assert said == []
+    section = config.domains["cooking"]
+    domains = {
+        **config.domains,
+        "cooking": section.model_copy(update={"train": [*section.train, f"{DEMO}/sport.dev.jsonl"]}),
+    }
+    other = config.model_copy(
+        update={"domains": domains, "unified_training": config.unified_training.model_copy(update={"max_steps": 9})}
+    )
+    train_bank(other, tmp_path / "bank", progress=False, report=said.append)
+    assert [line.split(" was trained")[0] for line in said] == ["'cooking'", "'unified'"]
+    assert "(corpora)" in said[0]
+    assert "(max_steps, corpora)" in said[1]
+    assert hashes(tmp_path / "bank") == before
+
+
 def test_train_scores(config, whole, tmp_path):
     """Experts are scored on their own dev sets, the baseline on all, and nothing is scored twice."""
     shutil.copytree(whole.path, tmp_path / "bank")

@@ -18,6 +18,7 @@ from ..generate.constrain import make_grammar
 from ..models import auto_model
 from ..plan import Centroid, Corpus, Expert
 from ..prompts import PromptEncoder, make_format
+from ..quiet import quiet_loading
 from ..select.encoder import SentenceEncoder, offline_encoder_path
 from ..select.similarity import make_centroid
 from .config import RunSection, TrainConfig, expand, read_aliases
@@ -177,6 +178,7 @@ class _Run:
         """Train one LoRA adapter and put it into the bank, if it is not there."""
         bank = ExpertBank(self.out)
         if name in bank:
+            self._say_what_changed(bank[name], datasets, run)
             return
         from peft import LoraConfig, get_peft_model
 
@@ -192,7 +194,8 @@ class _Run:
             bias="none",
             task_type="SEQ_2_SEQ_LM" if base.config.is_encoder_decoder else "CAUSAL_LM",
         )
-        model = get_peft_model(base, lora)
+        with quiet_loading():
+            model = get_peft_model(base, lora)
         loss = self._fine_tune(model, tokenizer, datasets, run, seed, self.work / name)
         if self.state.is_main_process:
             folder = self.work / name / "adapter"
@@ -202,6 +205,17 @@ class _Run:
             bank.add(name, folder, replace(card, training={**run.model_dump(), "seed": seed, "loss": loss}))
             self.say(f"'{name}' is in the bank (mean training loss {loss:.3f})")
         self.state.wait_for_everyone()
+
+    def _say_what_changed(self, card: Expert, datasets: Sequence[Dataset], run: RunSection) -> None:
+        """A finished adapter is left as it is, but nobody should take it for one of the config as it is now."""
+        wanted: Dict[str, Any] = {**run.model_dump(), "corpora": sorted(d.name for d in datasets)}
+        found: Dict[str, Any] = {**card.training, "corpora": sorted(corpus.name for corpus in card.corpora)}
+        changed = [key for key in wanted if key in found and found[key] != wanted[key]]
+        if changed:
+            self.say(
+                f"'{card.name}' was trained with other settings ({', '.join(changed)}) and is left as it is: "
+                f"remove it from the bank to train it again"
+            )
 
     def _fine_tune(
         self,
@@ -277,7 +291,8 @@ def load_base(source: str, revision: Optional[str]) -> Tuple[Any, Any]:
     # On the CPU, attention in bfloat16 is several times slower by torch's own kernel than written out.
     attention = None if torch.cuda.is_available() else "eager"
     kwargs = {"revision": revision, "dtype": torch.float32, "attn_implementation": attention}
-    model = auto_model(source, revision).from_pretrained(source, **kwargs)
+    with quiet_loading():
+        model = auto_model(source, revision).from_pretrained(source, **kwargs)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return model, tokenizer
@@ -287,7 +302,8 @@ def save_base(model: Any, tokenizer: Any, folder: Path) -> None:
     """Write a base as bfloat16 safetensors, beside and renamed. The model is left in bfloat16."""
     staged = folder.with_name(folder.name + ".part")
     shutil.rmtree(staged, ignore_errors=True)
-    model.to(torch.bfloat16).save_pretrained(staged)
+    with quiet_loading():
+        model.to(torch.bfloat16).save_pretrained(staged)
     tokenizer.save_pretrained(staged)
     shutil.rmtree(folder, ignore_errors=True)
     staged.replace(folder)
