@@ -32,7 +32,7 @@ def dev_rows(bank: ExpertBank) -> List[List[str]]:
             values.append((score.f, unified[name].f if name in unified else float("nan")))
     own, shared = (sum(column) / len(values) for column in zip(*values))
     rows.append(["**mean**", "", "", "", f"**{100 * own:.1f}**", f"**{100 * shared:.1f}**"])
-    return rows
+    return rows if unified else [row[:-1] for row in rows]
 
 
 def target_rows(path: Path) -> List[List[str]]:

@@ -1,7 +1,7 @@
 """What dev sets decide and tell: the bank's entity bias, and each expert's scores on the dev sets of its own domain."""
 
 from dataclasses import replace
-from typing import Callable, Dict, List
+from typing import Callable, Dict, List, Tuple
 
 from spacy.language import Language
 
@@ -50,10 +50,16 @@ class _Scorer:
         self.nlp = nlp
         self.component = component
         self.n_texts = n_texts
+        self._bias = bank.entity_bias
+        self._results: Dict[Tuple[str, str, float], Result] = {}
 
     def __call__(self, name: str, dataset: Dataset) -> Result:
-        self.component.set_labels(dataset.labels)
-        return score(self.nlp, self.component, dataset.records[: self.n_texts], plan_of(self.bank, [name]))
+        key = (name, dataset.name, self._bias)
+        if key not in self._results:
+            self.component.set_labels(dataset.labels)
+            records = dataset.records[: self.n_texts]
+            self._results[key] = score(self.nlp, self.component, records, plan_of(self.bank, [name]))
+        return self._results[key]
 
     def choose_bias(self, domains: Dict[str, List[Dataset]], report: Callable[[str], None]) -> None:
         """The one of ENTITY_BIASES with the best mean F1 goes into the bank. Nothing where no grammar uses it."""
@@ -63,8 +69,8 @@ class _Scorer:
         pairs = [(card.name, dataset) for card in self.bank.experts for dataset in domains.get(card.name, [])]
         means: Dict[float, float] = {}
         for bias in ENTITY_BIASES:
-            engine.entity_bias = bias  # type: ignore[attr-defined]  # only an engine with a grammar comes here
+            engine.entity_bias = self._bias = bias  # type: ignore[attr-defined]  # only one with a grammar comes here
             means[bias] = sum(self(name, dataset).f for name, dataset in pairs) / len(pairs)
             report(f"Entity bias {bias}: mean F1 {means[bias]:.3f}")
         best = max(means, key=lambda bias: means[bias])
-        engine.entity_bias = self.bank.entity_bias = best  # type: ignore[attr-defined]
+        engine.entity_bias = self._bias = self.bank.entity_bias = best  # type: ignore[attr-defined]
