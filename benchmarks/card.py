@@ -45,10 +45,14 @@ def target_rows(path: Path) -> List[List[str]]:
     return rows
 
 
-def main(bank: Optional[Path] = typer.Option(None), results: str = typer.Option("targets")) -> None:
-    """Print both tables."""
-    print(table(dev_rows(ExpertBank(bank or bundled_bank_path()))), end="\n\n")
-    print(table(target_rows(RESULTS / f"{results}.json")))
+def main(
+    bank: Optional[Path] = typer.Option(None, help="Bank folder; the bundled one by default."),
+    results: Optional[str] = typer.Option(None, help="Name of a results file of `benchmarks.targets`."),
+) -> None:
+    """Print the bank's own scores, and those of a targets run."""
+    print(table(dev_rows(ExpertBank(bank or bundled_bank_path()))))
+    if results is not None:
+        print("\n" + table(target_rows(RESULTS / f"{results}.json")))
 
 
 if __name__ == "__main__":
