@@ -1,16 +1,19 @@
 """Loss under a grammar: what the batches say is allowed, and the loss against one taken a token at a time."""
 
-from typing import List, Tuple
+import copy
+from typing import Any, Dict, List, Tuple
 
 import pytest
 import torch
-from helpers import load_model, save_base
-from transformers import AutoTokenizer, TrainingArguments
+from helpers import load_model, make_tokenizer, save_base
+from peft import LoraConfig, get_peft_model
+from transformers import AutoTokenizer, Gemma2Config, Gemma2ForCausalLM, TrainingArguments
 
 from spacy_sam.generate.constrain import InlineGrammar
 from spacy_sam.prompts import InlineFormat, PromptEncoder
-from spacy_sam.train.data import Example, encode_example
-from spacy_sam.train.sft import IGNORED, Collator, GrammarTrainer, Seq2SeqCollator, choices, grammar_loss
+from spacy_sam.train.data import IGNORED, Example, encode_example
+from spacy_sam.train.loss import GrammarTrainer, choices, grammar_loss
+from spacy_sam.train.sft import Collator, Seq2SeqCollator
 
 LABELS = ("place", "person", "person or place")
 ANNOTATED = [
@@ -60,14 +63,117 @@ def slow_loss(model, grammar: InlineGrammar, examples: List[Example]) -> float:
     return sum(losses) / len(losses)
 
 
-@torch.no_grad()
-def test_loss_is_that_of_a_token_at_a_time(parts, tmp_path):
+def make_trainer(model, tmp_path) -> GrammarTrainer:
+    return GrammarTrainer(model=model, args=TrainingArguments(str(tmp_path), use_cpu=True, report_to="none"))
+
+
+def collate(parts) -> Dict[str, Any]:
     model, tokenizer, grammar, examples = parts
     collator = Seq2SeqCollator if model.config.is_encoder_decoder else Collator
-    args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")
-    trainer = GrammarTrainer(model=model, args=args)
-    loss = trainer.compute_loss(model, collator(tokenizer.pad_token_id, grammar)([examples]))
-    assert float(loss) == pytest.approx(slow_loss(model, grammar, examples), rel=1e-4)
+    return collator(tokenizer.pad_token_id, grammar)([examples])
+
+
+def count_rows(head: torch.nn.Module, monkeypatch) -> List[int]:
+    """The rows of states that the output layer gets from now on, a number for each call."""
+    rows: List[int] = []
+    forward = head.forward
+    monkeypatch.setattr(head, "forward", lambda states: rows.append(states.shape[0]) or forward(states))
+    return rows
+
+
+@torch.no_grad()
+def test_loss_is_that_of_a_token_at_a_time(parts, tmp_path, monkeypatch):
+    model, _, grammar, examples = parts
+    trainer = make_trainer(model, tmp_path)
+    rows = count_rows(model.get_output_embeddings(), monkeypatch)
+    losses = [float(trainer.compute_loss(model, collate(parts))) for _ in range(2)]
+    assert rows == [1]  # all logits of one row, to see how they are made, and never again
+    assert losses == [pytest.approx(slow_loss(model, grammar, examples), rel=1e-4)] * 2
+
+
+def test_loss_has_the_gradients_of_all_logits(parts, tmp_path):
+    task = "SEQ_2_SEQ_LM" if parts[0].config.is_encoder_decoder else "CAUSAL_LM"
+    lora = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type=task, init_lora_weights=False)
+    model = get_peft_model(copy.deepcopy(parts[0]), lora)
+    trainer = make_trainer(model, tmp_path)
+    found = []
+    for whole in (False, True):
+        loss = trainer.compute_loss(model, collate(parts), return_outputs=whole)
+        model.zero_grad()
+        (loss[0] if whole else loss).backward()
+        found.append({name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad})
+    assert any(grad.abs().max() > 1e-6 for grad in found[0].values())
+    torch.testing.assert_close(found[0], found[1], rtol=1e-3, atol=1e-7)
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True` and a tied layer:UserWarning")
+@pytest.mark.parametrize("change", ["bias", "scale", "adapter", "wrapped"])
+@torch.no_grad()
+def test_loss_of_models_whose_logits_are_made_in_another_way(parts, tmp_path, monkeypatch, change):
+    model = copy.deepcopy(parts[0])
+    called = model
+    if change == "bias":
+        size = model.config.vocab_size
+        layer = torch.nn.Linear(model.get_output_embeddings().in_features, size)
+        model.set_output_embeddings(layer)
+    elif change == "scale":
+        forward = type(model).forward
+
+        def scaled(self: Any, *args: Any, **kwargs: Any) -> Any:
+            output = forward(self, *args, **kwargs)
+            output.logits = output.logits * 3
+            return output
+
+        monkeypatch.setattr(type(model), "forward", scaled)
+    elif change == "adapter":
+        task = "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"
+        lora = LoraConfig(r=2, target_modules=["lm_head"], task_type=task)
+        called = get_peft_model(model, lora)
+    else:
+
+        class Wrapper(torch.nn.Module):
+            """As DistributedDataParallel: gradients are only reduced if it is called itself."""
+
+            def __init__(self, module: torch.nn.Module) -> None:
+                super().__init__()
+                self.module, self.calls = module, 0
+
+            def forward(self, **kwargs: Any) -> Any:
+                self.calls += 1
+                return self.module(**kwargs)
+
+        called = Wrapper(model)
+    trainer = make_trainer(model, tmp_path)
+    trainer.compute_loss(called, collate(parts))
+    if change == "adapter":  # it changes nothing before it is trained
+        model.lm_head.lora_B["default"].weight.normal_()
+    loss = trainer.compute_loss(called, collate(parts))
+    assert float(loss) == pytest.approx(slow_loss(model, parts[2], parts[3]), rel=1e-4)
+    assert change != "wrapped" or called.calls == 2
+
+
+@torch.no_grad()
+def test_loss_of_capped_logits(tmp_path):
+    """A cap hardly shows in the small logits of a new model."""
+    tokenizer = make_tokenizer()
+    encoder = PromptEncoder(tokenizer, InlineFormat())
+    grammar = InlineGrammar(encoder)
+    config = Gemma2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=8,
+        final_logit_softcapping=30.0,
+    )
+    model = Gemma2ForCausalLM(config).eval()
+    parts = (model, tokenizer, grammar, [encode_example(encoder, LABELS, *ANNOTATED[0], grammar)])
+    trainer = make_trainer(model, tmp_path)
+    trainer.compute_loss(model, collate(parts))
+    model.lm_head.weight.mul_(3000)
+    assert float(trainer.compute_loss(model, collate(parts))) == pytest.approx(slow_loss(model, *parts[2:]), rel=1e-4)
 
 
 @pytest.mark.parametrize("left", [False, True])

@@ -7,16 +7,17 @@ import time
 from array import array
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Optional, Sequence
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset as TorchDataset
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 
 from ..errors import SamError
 from ..generate.constrain import Grammar
 from .data import IGNORED, Example
+from .loss import GrammarTrainer, choices
 
 logger = logging.getLogger("spacy_sam")
 
@@ -98,71 +99,6 @@ class Seq2SeqCollator:
             "labels": pad_sequence(answers, batch_first=True, padding_value=IGNORED),
             **choices(examples, self.grammar, left=False),
         }
-
-
-def choices(examples: Sequence[Example], grammar: Optional[Grammar], *, left: bool) -> Dict[str, torch.Tensor]:
-    """What the grammar allows in place of each token of the answers, and which of it is right.
-
-    left (bool): Answers are padded on the left.
-    RETURNS (Dict[str, Tensor]): "choices" [rows, longest answer, most choices], padded with -1, and "chosen"
-        [rows, longest answer], the place of the right one among them, IGNORED where it is forced. Nothing without a grammar.
-    """
-    if grammar is None:
-        return {}
-    rows = [_walk(grammar, example) for example in examples]
-    width, most = max(map(len, rows)), max(len(allowed) for row in rows for allowed, _ in row)
-    found = torch.full((len(rows), width, most), -1)
-    chosen = torch.full((len(rows), width), IGNORED)
-    for number, row in enumerate(rows):
-        offset = width - len(row) if left else 0
-        for at, (allowed, place) in enumerate(row, offset):
-            if len(allowed) > 1:
-                found[number, at, : len(allowed)] = torch.tensor(allowed)
-                chosen[number, at] = place
-    return {"choices": found, "chosen": chosen}
-
-
-def _walk(grammar: Grammar, example: Example) -> List[Tuple[Tuple[int, ...], int]]:
-    walk = grammar.walk(example.labels, example.text)
-    steps: List[Tuple[Tuple[int, ...], int]] = []
-    for token in example.input_ids[example.n_prompt :]:
-        allowed = walk.allowed()
-        steps.append((allowed, allowed.index(token)))
-        walk.advance(token)
-    return steps
-
-
-def grammar_loss(logits: torch.Tensor, choices: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
-    """Cross entropy over what the grammar allows: mean over the tokens that it does not force.
-
-    logits (Tensor): [rows, answer, vocab]. choices, chosen: See `choices`.
-    """
-    allowed = logits.gather(2, choices.clamp_min(0)).float().masked_fill(choices < 0, float("-inf"))
-    decided = chosen != IGNORED
-    return torch.nn.functional.cross_entropy(allowed[decided], chosen[decided])
-
-
-class GrammarTrainer(Trainer):
-    """Trains under a grammar, if the batch says what it allows."""
-
-    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, *args: Any, **kwargs: Any) -> Any:
-        if "choices" not in inputs:
-            return super().compute_loss(model, inputs, return_outputs, *args, **kwargs)
-        given = {key: inputs[key] for key in inputs if key not in ("choices", "chosen", "labels")}
-        if "logits_to_keep" not in given:  # an encoder-decoder: its answers go in beside the prompt
-            given["decoder_input_ids"] = _shifted(inputs["labels"], model)
-        logits = model(**given).logits
-        # A causal model's logits stand one place before what they predict.
-        answer = logits[:, :-1] if "logits_to_keep" in given else logits
-        loss = grammar_loss(answer, inputs["choices"], inputs["chosen"])
-        return (loss, {"logits": logits}) if return_outputs else loss
-
-
-def _shifted(labels: torch.Tensor, model: Any) -> torch.Tensor:
-    """Answers [rows, length] behind the decoder's start token, without their last token."""
-    config = getattr(model, "module", model).config
-    begun = torch.full_like(labels[:, :1], config.decoder_start_token_id)
-    return torch.cat([begun, labels[:, :-1].masked_fill(labels[:, :-1] == IGNORED, config.pad_token_id)], dim=1)
 
 
 class SaveEvery(TrainerCallback):
