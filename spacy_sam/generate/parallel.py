@@ -167,7 +167,9 @@ def _decide(
     at = torch.tensor([[number, decision.place] for number, decision in flat], device=encoded.device)
     allowed, _ = pad_right([decision.allowed for _, decision in flat], encoded.device, -1)
     opening = rows[0].grammar.opening[0]
-    best, scores = best_allowed(_logits(model, hidden[at[:, 0], at[:, 1]], allowed), allowed, opening, entity_bias)
+    best, scores = best_allowed(
+        allowed_logits(model, hidden[at[:, 0], at[:, 1]], allowed), allowed, opening, entity_bias
+    )
     chosen, values = iter(best.tolist()), iter(scores.tolist())
     return [([next(chosen) for _ in row.decisions], [next(values) for _ in row.decisions]) for row in rows]
 
@@ -182,14 +184,20 @@ def best_allowed(logits: Tensor, allowed: Tensor, opening: int, entity_bias: flo
     return best, logits.log_softmax(-1).gather(-1, best[:, None])[:, 0]
 
 
-def _logits(model: Any, hidden: Tensor, allowed: Tensor) -> Tensor:
-    """Logits of the allowed tokens alone. hidden: [n, width]. allowed: [n, choices], -1 for none. RETURNS: float32."""
-    ids = allowed.clamp_min(0)
-    logits = torch.einsum("nd,nkd->nk", hidden, model.get_output_embeddings().weight[ids]).float()
+def allowed_logits(model: Any, hidden: Tensor, allowed: Tensor) -> Tensor:
+    """Logits of some tokens alone, where they are the decoder's output times the output layer's matrix.
+
+    model (Any): A transformers model.
+    hidden (Tensor): Its decoder's output, [n, width].
+    allowed (Tensor): The token ids that are looked at in each row, [n, choices], -1 for none.
+    RETURNS (Tensor): [n, choices], float32, -inf for none.
+    """
+    tokens, places = allowed.clamp_min(0).unique(return_inverse=True)
+    logits = torch.nn.functional.linear(hidden, model.get_output_embeddings().weight[tokens]).float()
     bias: Optional[Tensor] = getattr(model, "final_logits_bias", None)
     if bias is not None:
-        logits = logits + bias[0][ids].float()
-    return logits.masked_fill(allowed < 0, float("-inf"))
+        logits = logits + bias[0][tokens].float()
+    return logits.gather(1, places).masked_fill(allowed < 0, float("-inf"))
 
 
 def can_decode(model: Any) -> bool:
@@ -203,5 +211,5 @@ def can_decode(model: Any) -> bool:
         hidden = model.get_decoder()(
             input_ids=start, encoder_hidden_states=encoded.last_hidden_state, use_cache=False
         ).last_hidden_state[0]
-        ours = _logits(model, hidden, torch.arange(whole.shape[1], device=model.device)[None])
+        ours = allowed_logits(model, hidden, torch.arange(whole.shape[1], device=model.device)[None])
     return torch.allclose(whole, ours, rtol=0.02, atol=0.02 * float(whole.std()) + 1e-6)

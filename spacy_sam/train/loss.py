@@ -3,9 +3,11 @@
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import torch
+from torch.nn.functional import cross_entropy
 from transformers import Trainer
 
 from ..generate.constrain import Grammar
+from ..generate.parallel import allowed_logits
 from .data import IGNORED, Example
 
 
@@ -47,12 +49,8 @@ def grammar_loss(logits: torch.Tensor, choices: torch.Tensor, chosen: torch.Tens
     logits (Tensor): [rows, answer, vocab]. choices, chosen: See `choices`.
     """
     decided = chosen != IGNORED
-    return _cross_entropy(logits[decided].gather(1, choices[decided].clamp_min(0)), choices[decided], chosen[decided])
-
-
-def _cross_entropy(allowed: torch.Tensor, choices: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
-    """All are of [decisions, most choices], but chosen [decisions]."""
-    return torch.nn.functional.cross_entropy(allowed.float().masked_fill(choices < 0, float("-inf")), chosen)
+    allowed = logits[decided].gather(1, choices[decided].clamp_min(0)).float()
+    return cross_entropy(allowed.masked_fill(choices[decided] < 0, float("-inf")), chosen[decided])
 
 
 class GrammarTrainer(Trainer):
@@ -76,8 +74,8 @@ class GrammarTrainer(Trainer):
         if self._is_plain and not return_outputs:
             decided = chosen != IGNORED
             with self.accelerator.autocast():
-                allowed = _logits_of(_last_states(model, given)[decided], choices[decided], model)
-            return _cross_entropy(allowed, choices[decided], chosen[decided])
+                states = _last_states(model, given)[decided]
+                return cross_entropy(allowed_logits(_inside(model), states, choices[decided]), chosen[decided])
         logits = _of_answer(model(**given).logits, given)
         loss = grammar_loss(logits, choices, chosen)
         return (loss, {"logits": logits}) if return_outputs else loss
@@ -106,16 +104,9 @@ def _last_states(model: Any, given: Dict[str, Any]) -> torch.Tensor:
     return _of_answer(_inside(model).base_model(**inputs).last_hidden_state, given)
 
 
-def _logits_of(states: torch.Tensor, choices: torch.Tensor, model: Any) -> torch.Tensor:
-    """Logits [decisions, most choices] by states [decisions, hidden]; those of the padding mean nothing."""
-    tokens, places = choices.clamp_min(0).unique(return_inverse=True)
-    weight = _inside(model).get_output_embeddings().weight
-    return torch.nn.functional.linear(states, weight[tokens]).gather(1, places)
-
-
 @torch.no_grad()
 def _has_plain_head(model: Any, given: Dict[str, Any]) -> bool:
-    """Whether logits are the last states times the output layer's matrix, without bias, scale, cap or adapter.
+    """Whether logits are the last states times the output layer's matrix, without scale, cap or adapter.
 
     Seen by the first row of a batch. A model that is wrapped, say by DistributedDataParallel, must be called as a whole.
     """
@@ -128,7 +119,9 @@ def _has_plain_head(model: Any, given: Dict[str, Any]) -> bool:
     was_training = inside.training
     inside.eval()
     # Trainer puts autocast around the forward of the instance; the class's has none.
-    logits = _of_answer(type(inside).forward(inside, **row).logits, row)
-    found = torch.nn.functional.linear(_last_states(inside, row), inside.get_output_embeddings().weight)
+    logits = _of_answer(type(inside).forward(inside, **row).logits, row)[0, -4:]
+    states = _last_states(inside, row)[0, -4:]
     inside.train(was_training)
+    everything = torch.arange(logits.shape[-1], device=states.device).expand(len(states), -1)
+    found = allowed_logits(inside, states, everything)
     return torch.allclose(logits, found, rtol=1e-4, atol=1e-4 * float(logits.abs().max()))
