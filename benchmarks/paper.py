@@ -5,6 +5,7 @@ Nothing is chosen by the targets' labels, save in the two rows marked as oracle.
 that a run that was stopped goes on where it was.
 """
 
+from itertools import combinations
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence
 
@@ -34,6 +35,17 @@ class Comparison:
         self.predictions = predictions
         self.targets = list(targets)
         self.situations = {t.name: [r.Situation(predictions, t, seed, merge) for seed in SEEDS] for t in targets}
+
+    def run_subsets(self, most: int) -> None:
+        """Run every set of up to `most` experts on all targets: set by set, so that each is merged once."""
+        sets = [names for size in range(1, most + 1) for names in combinations(self.experts, size)]
+        for names in sets:
+            for places in self.situations.values():
+                self.predictions.candidates(places[0].spec(names), places[0].target)
+
+    @property
+    def experts(self) -> List[str]:
+        return [card.name for card in self.predictions.bank.experts]
 
     def tallies(self, row: r.Row) -> Dict[str, List[np.ndarray]]:
         """By target, the tallies of each seed."""
@@ -83,7 +95,7 @@ def _interval(draws: np.ndarray) -> List[float]:
 
 def sweeps(comparison: Comparison) -> Dict[str, Dict[str, float]]:
     """Mean F1 by number of experts and by sample size."""
-    counts = range(1, len(comparison.predictions.bank.experts) + 1)
+    counts = range(1, len(comparison.experts) + 1)
     return {
         "n_experts/SaM": {str(n): comparison.mean(r.sam(n)) for n in counts},
         "n_experts/similarity": {str(n): comparison.mean(r.sam(n, [0])) for n in counts},
@@ -95,16 +107,16 @@ def sweeps(comparison: Comparison) -> Dict[str, Dict[str, float]]:
     }
 
 
-def merge_methods(comparison: Comparison) -> List[Dict[str, Any]]:
-    """SaM-eco's first choice by other merges, each at the same norms: that of one expert (1) and shares of it."""
-    places = [seeds[0] for seeds in comparison.situations.values()]
+def merge_methods(predictions: Predictions, paths: Sequence[Path], limit: int, merge: Any) -> List[Dict[str, Any]]:
+    """SaM-eco's choice of the first seed by other merges, each at the same norms: that of one expert (1) and shares of it."""
+    places = [r.Situation(predictions, read_target(path, limit), SEEDS[0], merge) for path in paths]
     lines: List[Dict[str, Any]] = []
-    for method in matched_methods(comparison.predictions.bank, places):
+    for method in matched_methods(predictions.bank, places):
         scores, n_bad, n_all = [], 0, 0
         for at in places:
             spec = method.spec(at)
             scores.append(at.f1(r.Choice((spec,))))
-            counts = comparison.predictions.counts(spec, at.target)
+            counts = predictions.counts(spec, at.target)
             n_bad += counts["malformed"] + counts["unfinished"]
             n_all += counts["mentions"] + counts["malformed"] + counts["unfinished"]
         line = {"method": method.name, "norm": method.norm, "mean": float(np.mean(scores))}
@@ -140,11 +152,10 @@ def figures(table: Dict[str, Any], predictions: Predictions) -> Dict[str, float]
         "sam/selector_best_single": mean["SaM"] / mean["first by mean rank"],
         "sam/all_six": mean["SaM"] / mean["all merged"],
         "eco/sam": mean["SaM-eco"] / mean["SaM"],
+        "adaptive/fixed": mean["adaptive"] / mean["SaM"],
+        "adaptive/unified": mean["adaptive"] / mean["unified"],
         "sam/oracle_subset": mean["SaM"] / mean["best of at most three (oracle)"],
     }
-    if "adaptive" in mean:
-        found["adaptive/fixed"] = mean["adaptive"] / mean["SaM"]
-        found["adaptive/unified"] = mean["adaptive"] / mean["unified"]
     return {name: round(value, 4) for name, value in found.items()}
 
 
@@ -156,7 +167,9 @@ def main(
     bank: Optional[Path] = typer.Option(None, help="Bank folder; the bundled one by default."),
     density: float = typer.Option(0.2, help="Of TIES."),
     scale: float = typer.Option(1.0, help="Of TIES."),
-    methods: bool = typer.Option(True, help="Compare merge methods."),
+    method_limit: int = typer.Option(
+        100, help="Sentences of each target for the comparison of merge methods; 0: none."
+    ),
     dtype: str = typer.Option("bfloat16", help="Of the task models: float32 or bfloat16."),
     cache: Path = typer.Option(Path(".cache/paper"), help="Where answers are kept."),
     name: str = typer.Option("paper", help="Name of the results file."),
@@ -169,6 +182,7 @@ def main(
     predictions = Predictions(nlp, component, cache, say=lambda line: print(line, flush=True))
     merge = make_ties(density, scale)
     comparison = Comparison(predictions, [read_target(path, limit) for path in paths], merge)
+    comparison.run_subsets(3)
     table = main_table(comparison, r.main_rows(predictions))
     details: Dict[str, Any] = {
         "settings": {
@@ -176,13 +190,14 @@ def main(
             "scale": scale,
             "dtype": dtype,
             "limit": limit,
+            "method_limit": method_limit,
             "seeds": list(SEEDS),
             "groups": groups,
         },
         "n_texts": {target.name: len(target.records) for target in comparison.targets},
         "table": table,
         "sweeps": sweeps(comparison),
-        "methods": merge_methods(comparison) if methods else [],
+        "methods": merge_methods(predictions, paths, min(limit, method_limit), merge) if method_limit else [],
         "sources": source_domains(predictions, data, source_limit, merge) if source_limit else {},
         "targets": {
             target.name: {row: line["f1"][target.name] for row, line in table.items()} for target in comparison.targets

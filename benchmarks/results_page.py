@@ -107,7 +107,8 @@ def _methods(data: Dict[str, Any]) -> str:
         rows.append([line["method"], norm, f"{100 * line['mean']:.1f}", f"{100 * line['unparseable']:.2f} %"])
     return (
         "## Merge methods at matched norm\n\nThe norm is that of the merged weight change over all matrices; 1 is the mean "
-        "of the three experts' own.\n\n" + table(rows)
+        "of the three experts' own. "
+        f"{data['settings']['method_limit']} sentences of each target, first seed.\n\n" + table(rows)
     )
 
 

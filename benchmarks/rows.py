@@ -9,7 +9,7 @@ import numpy as np
 
 from benchmarks.predictions import Predictions, Target, f1, tallies
 from spacy_sam.plan import Plan, Selection, TaskModelSpec
-from spacy_sam.registered import make_domain_similarity, make_sampling_evaluation
+from spacy_sam.registered import make_adaptive, make_domain_similarity, make_sampling_evaluation
 from spacy_sam.select.base import SelectionContext
 from spacy_sam.select.strategies import mean_rank
 
@@ -115,11 +115,12 @@ def oracle(sizes: Sequence[int]) -> Callable[[Situation], Choice]:
     return choose
 
 
-def by_strategy(strategy: Any) -> Callable[[Situation], Choice]:
-    """What a strategy of the package plans for the sample."""
+def adaptive() -> Callable[[Situation], Choice]:
+    """What the package's adaptive strategy plans for the sample."""
 
     def choose(at: Situation) -> Choice:
-        plan: Plan = strategy(at.context())
+        selectors = {"similarity": make_domain_similarity(), "sampling": make_sampling_evaluation(SAMPLE_SIZE)}
+        plan: Plan = make_adaptive(selectors, at.merge)(at.context())
         return Choice(plan.task_models)
 
     return choose
@@ -142,6 +143,7 @@ def main_rows(predictions: Predictions) -> List[Row]:
         Row("SaM", sam()),
         Row("SaM, intersection", sam(agree=2)),
         Row("SaM-eco", eco()),
+        Row("adaptive", adaptive()),
         Row("best of at most three (oracle)", oracle([1, 2, 3]), oracle=True),
     ]
     return rows

@@ -82,6 +82,13 @@ def make_sam_eco(selectors: Dict[str, Any], merge: Any, n_experts: int = 3) -> "
     return SaMEco(_given(selectors), merge, n_experts)
 
 
+def make_adaptive(selectors: Dict[str, Any], merge: Any, max_experts: int = 6, sample_size: int = 30) -> "Strategy":
+    """`spacy_sam.Adaptive.v1`: see `select.adaptive.Adaptive`, and `make_sam` for `selectors`."""
+    from .select.adaptive import Adaptive
+
+    return Adaptive(_given(selectors), merge, max_experts, sample_size)
+
+
 def _given(selectors: Dict[str, Any]) -> Tuple[Any, ...]:
     return tuple(selector for selector in selectors.values() if selector is not None)
 

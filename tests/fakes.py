@@ -11,8 +11,8 @@ import spacy
 from spacy_sam.bank import ExpertBank
 from spacy_sam.errors import SamError
 from spacy_sam.generate.engine import Completion, Request
-from spacy_sam.plan import Centroid, Expert, Plan, TaskModelSpec
-from spacy_sam.select.base import SelectionContext
+from spacy_sam.plan import Centroid, Expert, Plan, Selection, TaskModelSpec
+from spacy_sam.select.base import SelectionContext, make_selection
 
 Answer = Tuple[str, str, float]  # surface, label, score
 Find = Callable[[Request], List[Answer]]
@@ -138,12 +138,12 @@ def make_fake_strategy() -> FakeStrategy:
 
 
 class Table(NamedTuple):
-    """What experts find: expert -> text -> spans."""
+    """What task models find: experts, joined by a plus -> text -> spans."""
 
     answers: Mapping[str, Mapping[str, Sequence[Tuple[int, int, str]]]]
 
     def __call__(self, spec: TaskModelSpec, texts: Sequence[str]) -> List[frozenset]:
-        (name,) = spec.experts
+        name = "+".join(spec.experts)
         return [frozenset(self.answers.get(name, {}).get(text, ())) for text in texts]
 
 
@@ -156,6 +156,22 @@ class FakeBank:
 
     def adapter_hash(self, name: str) -> str:
         return f"hash of {name}"
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """A selector with given scores."""
+
+    name: str
+    scores: Tuple[Tuple[str, float], ...]
+
+    def __call__(self, context: SelectionContext, n_experts: int) -> Selection:
+        return make_selection(self.name, dict(self.scores), context, n_experts)
+
+
+def ranks(name: str, order: str) -> Fixed:
+    """A selector that ranks experts with names of one letter in this order."""
+    return Fixed(name, tuple((letter, 1 - place / 10) for place, letter in enumerate(order)))
 
 
 def fake_bank(names: Sequence[str], centroids: Optional[Mapping[str, Sequence[float]]] = None) -> Any:

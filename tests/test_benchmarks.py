@@ -116,7 +116,7 @@ def test_page_is_written_from_results(predictions, tmp_path):
         "commit": "abc",
         "command": "python -m benchmarks.paper",
         "figures": {"in_domain_f1": 0.61, "sam/unified": 1.05},
-        "settings": {"seeds": [0, 1]},
+        "settings": {"seeds": [0, 1], "method_limit": 100},
         "n_texts": {"crossner_ai": 10, "extra": 20},
         "table": {name: line for name in names},
         "sweeps": {"n_experts/SaM": {"1": 0.1, "2": 0.2}, "sample_size/SaM": {"1": 0.1, "10": 0.2}},

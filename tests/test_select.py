@@ -2,19 +2,20 @@
 
 import itertools
 import json
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Dict, List, Mapping, Sequence, Tuple
 
 import numpy as np
 import pytest
-from fakes import FakeBank, Table, fake_bank, fake_context
+from fakes import FakeBank, Fixed, Table, fake_bank, fake_context, ranks
 from hypothesis import given
 from hypothesis import strategies as st
 
 from spacy_sam.errors import SamError
 from spacy_sam.merge.methods import Mean, Ties
 from spacy_sam.plan import Centroid, Plan, Selection, TaskModelSpec
-from spacy_sam.registered import make_sam, make_sam_eco, make_sampling_evaluation
+from spacy_sam.registered import make_adaptive, make_sam, make_sam_eco, make_sampling_evaluation
+from spacy_sam.select.adaptive import Adaptive
 from spacy_sam.select.base import SelectionContext, Selector, make_selection
 from spacy_sam.select.sampling import SamplingEvaluation, micro_f1, pseudo_labels, spread
 from spacy_sam.select.similarity import DomainSimilarity, cosine, make_centroid
@@ -28,22 +29,6 @@ found = st.frozensets(spans, max_size=4)
 
 def encode_as(vectors: Mapping[str, Sequence[float]]) -> Any:
     return lambda texts: np.array([vectors[text] for text in texts], dtype=np.float32)
-
-
-@dataclass(frozen=True)
-class Fixed:
-    """A selector with given scores."""
-
-    name: str
-    scores: Tuple[Tuple[str, float], ...]
-
-    def __call__(self, context: SelectionContext, n_experts: int) -> Selection:
-        return make_selection(self.name, dict(self.scores), context, n_experts)
-
-
-def ranks(name: str, order: str) -> Fixed:
-    """A selector that ranks experts with names of one letter in this order."""
-    return Fixed(name, tuple((letter, 1 - place / 10) for place, letter in enumerate(order)))
 
 
 # Entity-type similarity
@@ -373,7 +358,7 @@ def test_eco_ranks_count_and_not_scores():
     assert plan.task_models[0].experts == ("b",)
 
 
-STRATEGIES = [SaM, SaMEco]
+STRATEGIES = [SaM, SaMEco, Adaptive]
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -419,10 +404,10 @@ def test_strategy_bad_number_of_experts(strategy, n_experts):
     with pytest.raises(SamError) as caught:
         strategy((ranks("first", "ab"),), Ties(), n_experts)
     assert caught.value.code == "S205"
-    assert caught.value.fields["setting"] == "n_experts"
+    assert caught.value.fields["setting"] == ("max_experts" if strategy is Adaptive else "n_experts")
 
 
-@pytest.mark.parametrize("make", [make_sam, make_sam_eco])
+@pytest.mark.parametrize("make", [make_sam, make_sam_eco, make_adaptive])
 def test_strategy_selectors_in_a_config_can_be_left_out(make):
     """spaCy merges a config into the default one, so None is the way to be rid of a default selector."""
     first, second = ranks("first", "ab"), ranks("second", "ba")

@@ -32,7 +32,7 @@ class SaM:
     name = "SaM"
 
     def __post_init__(self) -> None:
-        _check(self.selectors, self.n_experts)
+        check_strategy(self.selectors, n_experts=self.n_experts)
 
     def __call__(self, context: SelectionContext) -> Plan:
         """RAISES: SamError S301 or S302 if there is nothing to select from or on."""
@@ -56,7 +56,7 @@ class SaMEco:
     name = "SaM-eco"
 
     def __post_init__(self) -> None:
-        _check(self.selectors, self.n_experts)
+        check_strategy(self.selectors, n_experts=self.n_experts)
 
     def __call__(self, context: SelectionContext) -> Plan:
         """RAISES: SamError S301 or S302 if there is nothing to select from or on."""
@@ -105,7 +105,9 @@ def make_plan(
     )
 
 
-def _check(selectors: Sequence[Any], n_experts: int) -> None:
-    check_whole("n_experts", n_experts)
+def check_strategy(selectors: Sequence[Any], **sizes: int) -> None:
+    """RAISES: SamError S205 without selectors, or for a size that is not a whole number of at least 1."""
+    for setting, size in sizes.items():
+        check_whole(setting, size)
     if not selectors:
         raise SamError("S205", setting="selectors", expected="at least one selector", found="none")
