@@ -22,11 +22,12 @@ def bank() -> ExpertBank:
 
 
 def test_bundled_is_sound(bank):
-    assert bank.check() == DOMAINS
+    assert bank.check() == [*DOMAINS, "unified"]
 
 
 def test_bundled_cards(bank):
     assert [card.name for card in bank.experts] == DOMAINS
+    assert [card.name for card in bank.baselines] == ["unified"]
     for card in bank.experts:
         assert card.centroid is not None
         assert card.centroid.encoder == bank.encoder
