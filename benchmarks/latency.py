@@ -17,6 +17,7 @@ from spacy_sam import evaluate as ev
 from spacy_sam.demo import MEDICINE, POLITICS
 from spacy_sam.plan import Plan, TaskModelSpec
 from spacy_sam.registered import make_ties
+from spacy_sam.settings import DENSITY, SCALE
 
 LABELS = ["person", "organization", "location", "disease", "chemical"]
 N_WORDS = 30
@@ -43,7 +44,8 @@ def measure(
     nlp, component = ev.make_pipeline(bank, LABELS, engine={"@misc": "spacy_sam.TorchEngine.v1", "dtype": dtype})
     opened = component.parts.bank
     specs = tuple(
-        TaskModelSpec(tuple(names), (), dict(make_ties(0.2, 1.0).config) if len(names) > 1 else {}) for names in models
+        TaskModelSpec(tuple(names), (), dict(make_ties(DENSITY, SCALE).config) if len(names) > 1 else {})
+        for names in models
     )
     hashes = {name: opened.adapter_hash(name) for names in models for name in names}
     plan = Plan(opened.base_hash, specs, hashes)

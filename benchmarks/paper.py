@@ -20,6 +20,7 @@ from benchmarks.predictions import Predictions, Target, bootstrap, f1, read_targ
 from benchmarks.results_page import write_page
 from spacy_sam import evaluate as ev
 from spacy_sam.registered import make_ties
+from spacy_sam.settings import DENSITY, SCALE
 
 SEEDS = (0, 1, 2)
 N_DRAWS = 1000
@@ -165,8 +166,8 @@ def main(
     limit: int = typer.Option(450, help="Sentences of each target; of longer ones a random sample."),
     source_limit: int = typer.Option(200, help="Sentences of each source corpus as target; 0 leaves them out."),
     bank: Optional[Path] = typer.Option(None, help="Bank folder; the bundled one by default."),
-    density: float = typer.Option(0.2, help="Of TIES."),
-    scale: float = typer.Option(1.0, help="Of TIES."),
+    density: float = typer.Option(DENSITY, help="Of TIES."),
+    scale: float = typer.Option(SCALE, help="Of TIES."),
     method_limit: int = typer.Option(
         100, help="Sentences of each target for the comparison of merge methods; 0: none."
     ),

@@ -13,6 +13,7 @@ from benchmarks.common import write_results
 from spacy_sam import evaluate as ev
 from spacy_sam.corpora import read_records
 from spacy_sam.registered import make_ties
+from spacy_sam.settings import DENSITY, SCALE
 
 
 def main(
@@ -20,8 +21,8 @@ def main(
     groups: str = typer.Option("targets", help="Comma-separated folders of `data`."),
     limit: Optional[int] = typer.Option(None, help="First sentences of each corpus."),
     bank: Optional[Path] = typer.Option(None, help="Bank folder; the bundled one by default."),
-    density: float = typer.Option(0.2),
-    scale: float = typer.Option(1.0),
+    density: float = typer.Option(DENSITY),
+    scale: float = typer.Option(SCALE),
     name: str = typer.Option("targets", help="Name of the results file."),
 ) -> None:
     """Measure and write `results/NAME.json`. Nothing here is tuned on the targets."""

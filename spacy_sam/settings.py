@@ -6,6 +6,8 @@ from .annotate import check_labels
 from .errors import SamError
 
 SPANS_KEY = "sc"
+# The paper's TIES settings are .2 and 1. On the bundled bank these change the weights too much: docs/experiments.md, trial 13.
+DENSITY, SCALE = 0.5, 0.5
 MODES = ("stream", "once", "manual")
 Labels = Union[Sequence[str], Dict[str, str]]
 DEFAULT_CONFIG: Dict[str, Any] = {
@@ -18,7 +20,7 @@ DEFAULT_CONFIG: Dict[str, Any] = {
             "similarity": {"@misc": "spacy_sam.DomainSimilarity.v1"},
             "sampling": {"@misc": "spacy_sam.SamplingEvaluation.v1", "sample_size": 10},
         },
-        "merge": {"@misc": "spacy_sam.TIES.v1", "density": 0.2, "scale": 1.0},
+        "merge": {"@misc": "spacy_sam.TIES.v1", "density": DENSITY, "scale": SCALE},
     },
     "engine": {
         "@misc": "spacy_sam.TorchEngine.v1",

@@ -8,6 +8,7 @@ import typer
 from wasabi import msg
 
 from ..errors import SamError
+from ..settings import DENSITY, SCALE
 from .app import (
     BankOption,
     app,
@@ -25,8 +26,8 @@ from .app import (
 LabelsOption = typer.Option(None, "--labels", "-l", help="Comma-separated entity types to ask.")
 DeviceOption = typer.Option(None, "--device", "-d", help="cpu, cuda, cuda:1, mps. Default: the best there is.")
 NumberOption = typer.Option(3, min=1, help="Experts of a task model.")
-DensityOption = typer.Option(0.2, min=0.0, max=1.0, help="TIES: share of each task vector that is kept.")
-ScaleOption = typer.Option(1.0, help="TIES: factor of the merged task vector.")
+DensityOption = typer.Option(DENSITY, min=0.0, max=1.0, help="TIES: share of each task vector that is kept.")
+ScaleOption = typer.Option(SCALE, help="TIES: factor of the merged task vector.")
 
 
 @app.command("train", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
