@@ -34,6 +34,11 @@ def commit() -> str:
     return done.stdout.strip()
 
 
+def _without_folders(argument: str) -> str:
+    """An absolute path says nothing to others: its last part in capitals stands for it."""
+    return Path(argument).name.upper() if Path(argument).is_absolute() else argument
+
+
 def write_results(name: str, figures: Dict[str, float], **details: Any) -> Path:
     """Write `results/NAME.json`: machine, versions, commit, command, figures, and the benchmark's own details."""
     module = Path(sys.argv[0]).stem
@@ -41,7 +46,7 @@ def write_results(name: str, figures: Dict[str, float], **details: Any) -> Path:
         "machine": machine(),
         "versions": {package: version(package) for package in PACKAGES},
         "commit": commit(),
-        "command": " ".join(["python -m", f"benchmarks.{module}", *sys.argv[1:]]),
+        "command": " ".join(["python -m", f"benchmarks.{module}", *map(_without_folders, sys.argv[1:])]),
         "figures": figures,
         **details,
     }
