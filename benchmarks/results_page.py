@@ -152,7 +152,7 @@ def _lines(data: Dict[str, Any], kind: str, label: str, path: Path, *, log: bool
         axes.set_xticks(ticks, [str(tick) for tick in ticks])
         axes.minorticks_off()
     axes.set(xlabel=label, ylabel="mean F1, %")
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.savefig(path, metadata={"Date": None})
     pyplot.close(figure)
     return f"![Mean F1 by {label}](img/{path.name})"
