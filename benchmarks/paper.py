@@ -25,8 +25,8 @@ from spacy_sam.settings import DENSITY, SCALE
 SEEDS = (0, 1, 2)
 N_DRAWS = 1000
 SAMPLE_SIZES = (1, 3, 10, 30, 100)
-# A corpus of each source domain, as a target: the paper's appendix finds that one expert is best there.
-SOURCES = ("ncbi_disease", "inlegalner", "conll2003", "broad_twitter", "scierc", "sgd_transport")
+# A corpus that each expert was trained on, as a target: the paper's appendix finds that one expert is best there.
+SOURCES = ("ncbi_disease", "inlegalner", "conll2003", "broad_twitter", "matscholar", "sgd_transport")
 
 
 class Comparison:
@@ -194,6 +194,10 @@ def main(
             "method_limit": method_limit,
             "seeds": list(SEEDS),
             "groups": groups,
+        },
+        "groups": {
+            g: [t.name for t in comparison.targets if (data / g / f"{t.name}.test.jsonl").is_file()]
+            for g in groups.split(",")
         },
         "n_texts": {target.name: len(target.records) for target in comparison.targets},
         "table": table,

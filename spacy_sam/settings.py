@@ -6,7 +6,7 @@ from .annotate import check_labels
 from .errors import SamError
 
 SPANS_KEY = "sc"
-# The paper's TIES settings are .2 and 1. On the bundled bank these change the weights too much: docs/experiments.md, trial 13.
+# The TIES paper's settings are .2 and 1. On the bundled bank these change the weights too much: docs/experiments.md, trial 13.
 DENSITY, SCALE = 0.5, 0.5
 MODES = ("stream", "once", "manual")
 Labels = Union[Sequence[str], Dict[str, str]]

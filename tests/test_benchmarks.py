@@ -117,6 +117,7 @@ def test_page_is_written_from_results(predictions, tmp_path):
         "command": "python -m benchmarks.paper",
         "figures": {"in_domain_f1": 0.61, "sam/unified": 1.05},
         "settings": {"seeds": [0, 1], "method_limit": 100},
+        "groups": {"targets": ["crossner_ai"], "extra": ["extra"]},
         "n_texts": {"crossner_ai": 10, "extra": 20},
         "table": {name: line for name in names},
         "sweeps": {"n_experts/SaM": {"1": 0.1, "2": 0.2}, "sample_size/SaM": {"1": 0.1, "10": 0.2}},
@@ -131,6 +132,7 @@ def test_page_is_written_from_results(predictions, tmp_path):
     for expected in (
         "| SaM | 30.0 | 25.0 to 35.0 | 1.00 |",
         "| sam/unified | 1.050 | >= 1.10 |",
+        "| SaM | 20.0 | 40.0 | 1.00 | 1.00 |",
         "news; stem",
         "0.50 | 20.0",
     ):
