@@ -56,7 +56,7 @@ Strict spans: type and both boundaries must be right; micro F1 in percent. Cross
 of each target: {texts}. What is sampled (the texts that selectors see, the three experts at
 random) is drawn with seeds {", ".join(map(str, settings["seeds"]))}; F1 is their mean. Intervals hold 95 % of
 1,000 bootstrap draws of the sentences; unified is drawn with the same sentences. No row is chosen by the targets' labels,
-save the two marked as oracle; density {settings["density"]} and scale {settings["scale"]} of the merge are the same everywhere."""
+save the two marked as oracle."""
 
 
 def _goals(data: Dict[str, Any]) -> str:
