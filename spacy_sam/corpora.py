@@ -60,9 +60,9 @@ def read_texts(path: Path) -> List[str]:
     RAISES: SamError S602 if there is no such file or kind of file, S603 (with the line) if it is malformed.
     """
     if path.suffix == ".txt" and path.is_file():
-        return [line for _, line in _read_lines(path)]
+        return [line for _, line in read_lines(path)]
     if path.suffix == ".jsonl" and path.is_file():
-        return [_text_of(path, number, line) for number, line in _read_lines(path)]
+        return [_text_of(path, number, line) for number, line in read_lines(path)]
     return [record.text for record in read_records(path)]
 
 
@@ -77,7 +77,7 @@ def _text_of(path: Path, number: int, line: str) -> str:
 
 
 def _read_jsonl(path: Path) -> Iterator[Record]:
-    for number, line in _read_lines(path):
+    for number, line in read_lines(path):
         if not line.strip():
             continue
         try:
@@ -87,7 +87,7 @@ def _read_jsonl(path: Path) -> Iterator[Record]:
             raise SamError("S603", path=path, line=number, problem=problem) from error
 
 
-def _read_lines(path: Path) -> Iterator[Tuple[int, str]]:
+def read_lines(path: Path) -> Iterator[Tuple[int, str]]:
     """Numbered lines of a UTF-8 file, with or without a byte order mark."""
     number = 0
     try:
@@ -139,7 +139,7 @@ def _read_docbin(path: Path) -> Iterator[Record]:
 
 def _read_conll(path: Path) -> Iterator[Record]:
     sentence: List[Tuple[str, str]] = []
-    for number, line in _read_lines(path):
+    for number, line in read_lines(path):
         columns = line.strip(" \t\n").replace("\t", " ").split(" ")  # a token may hold other kinds of white space
         if columns[0] in ("", "-DOCSTART-"):
             yield from _close_sentence(sentence)

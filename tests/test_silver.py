@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import subprocess
 import sys
 from itertools import pairwise
@@ -346,17 +347,27 @@ def data(tmp_path) -> Path:
 
 
 def test_silver_base_corpora(folder, data, tmp_path):
-    sizes = ("--n-silver", 40, "--n-copies", 6)
+    written = tmp_path / "written"
+    (written / "short").mkdir(parents=True)
+    held_out = "".join(f"## subject {n}\ntypes: x; y\nno. [{n}|x]\n" for n in range(40))
+    (written / "short" / "a.txt").write_text(held_out, encoding="utf8")
+    sizes = ("--n-silver", 40, "--n-copies", 6, "--n-written", 30, "--written", written)
     for out, seed in (("a", 3), ("b", 3), ("c", 4)):
         result = run_script(data, tmp_path / out / "deep", "--wordnet", folder, *sizes, "--seed", seed)
         assert result.returncode == 0, result.stdout + result.stderr
-        assert {("copy.jsonl", "6"), ("silver.jsonl", "40")} <= {
+        assert {("copy.jsonl", "6"), ("silver.jsonl", "40"), ("written.jsonl", "30")} <= {
             tuple(line.split()[:2]) for line in result.stdout.splitlines()
         }
-    for name in ("copy.jsonl", "silver.jsonl"):
+    for name in ("copy.jsonl", "silver.jsonl", "written.jsonl"):
         first, same, other = ((tmp_path / out / "deep" / name).read_bytes() for out in "abc")
         assert first == same != other
-    copies, records = (read_records(tmp_path / "a" / "deep" / f"{name}.jsonl") for name in ("copy", "silver"))
+    copies, records, drawn, dev = (
+        read_records(tmp_path / "a" / "deep" / f"{name}.jsonl") for name in ("copy", "silver", "written", "written_dev")
+    )
+    seen = {number for record in drawn for number in re.findall(r"\d+", record.text)}
+    assert seen.isdisjoint(record.text.removeprefix("no. ") for record in dev)
+    assert 0 < len(dev) < 10
+    assert {record.labels for record in dev} == {("x", "y")}
     sources = {"The dogs met two wild cats in the city .", "a dog and a wolf"}
     assert {record.text for record in copies} == sources
     assert {record.labels for record in copies} == {("text",)}

@@ -563,6 +563,37 @@ def test_train_with_aliases(config, tmp_path, monkeypatch):
     assert [name for name, types in zip(RUNS, asked) if "meal" in types] == ["base", "cooking", "unified"]
 
 
+# Corpora of no domain
+
+
+def test_train_with_general_corpora(config, tmp_path, monkeypatch):
+    """Experts and baseline get them, the base does not; the card tells the share; they are read before any training."""
+    path = tmp_path / "general.jsonl"
+    data = config.data.model_copy(update={"general": [str(path)], "general_share": 0.5})
+    other = config.model_copy(update={"data": data})
+    monkeypatch.setattr(run, "fine_tune", lambda *args, **kwargs: pytest.fail("trained"))
+    with raises("S602"):
+        train(other, tmp_path / "bank")
+    assert not (tmp_path / "bank").exists()
+    path.write_text('{"text": "an oboe", "entities": [[3, 7, "instrument"]]}\n', encoding="utf8")
+    asked: List[float] = []
+
+    def fine_tune(model: Any, tokenizer: Any, batches: List[List[Example]], *args: Any, **kwargs: Any) -> float:
+        texts = [tokenizer.decode(e.input_ids) for batch in batches for e in batch]
+        asked.append(sum("instrument" in text for text in texts) / len(texts))
+        args[0].mkdir(parents=True)
+        return 1.0
+
+    monkeypatch.setattr(run, "fine_tune", fine_tune)
+    bank = train(other, tmp_path / "bank")
+    shares = dict(zip(RUNS, asked))
+    assert shares["base"] == 0
+    assert 0 < shares["cooking"] < 1
+    assert 0 < shares["unified"] < 1
+    assert bank["cooking"].training["general_share"] == 0.5
+    assert "instrument" not in bank["cooking"].labels
+
+
 # The config
 
 

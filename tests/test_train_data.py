@@ -470,6 +470,18 @@ def test_train_data_schedule_draws_corpora_by_the_root_of_their_size(encoder):
     assert 0.05 < drawn["small"] / sum(drawn.values()) < 0.14  # 2 to 20, where sizes are 1 to 100
 
 
+def test_train_data_schedule_takes_a_share_of_general_corpora(encoder):
+    """Whatever their sizes, and by the root of these among themselves."""
+    datasets, general = [make_dataset("domain", 9)], [make_dataset("large", 900), make_dataset("small", 9)]
+    draw = {**DRAW, "n_batches": 300}
+    drawn = corpora_of(draw_batches(datasets, encoder, **draw, general=general, general_share=0.25), encoder)
+    assert 0.7 < drawn["domain"] / sum(drawn.values()) < 0.8
+    assert 0.05 < drawn["small"] / (drawn["small"] + drawn["large"]) < 0.14
+    plain = draw_batches(datasets, encoder, **draw)
+    assert draw_batches(datasets, encoder, **draw, general=general) == plain, "no share, no general corpora"
+    assert draw_batches(datasets, encoder, **draw, general_share=0.25) == plain
+
+
 def test_train_data_schedule_sees_every_record_before_any_again(encoder):
     records = tuple(Record(f"number{i} is here") for i in range(64))
     batches = draw_batches([Dataset("a", records, ("place",))], encoder, **{**DRAW, "n_batches": 50})

@@ -87,12 +87,16 @@ class DataSection(Section):
     """How examples are made.
 
     max_length: The longest one, in tokens. max_labels: The most labels one prompt asks. aliases: A JSON file of other
-    names for types, `{"type": ["other name", ...]}`, some of which are asked instead.
+    names for types, `{"type": ["other name", ...]}`, some of which are asked instead. general: Glob patterns of corpora of no
+    domain, of which every expert and the unified baseline also get a `general_share` of their examples, so that what the
+    base can do with other types is not unlearned.
     """
 
     max_length: int = Field(default=256, ge=32)
     max_labels: int = Field(default=16, ge=1)
     aliases: Optional[str] = None
+    general: List[str] = []
+    general_share: float = Field(default=0.0, ge=0, lt=1)
 
 
 class DomainSection(Section):

@@ -90,24 +90,28 @@ def draw_batches(
     seed: int,
     aliases: Mapping[str, Sequence[str]] = {},
     grammar: Optional[Grammar] = None,
+    general: Sequence[Dataset] = (),
+    general_share: float = 0.0,
 ) -> List[List[Example]]:
     """Draw the whole schedule of a run: batches of examples of like length under a token budget (padding counted).
 
     Corpora are drawn by the square root of their size, so that small ones are seen; each corpus is shuffled, and again
-    when used up. `aliases` are other names of types; see `rename`. The schedule depends on the arguments alone, so a
-    resumed run meets the same batches.
+    when used up. `aliases` are other names of types; see `rename`. Of `general` corpora comes a `general_share` of the
+    examples. The schedule depends on the arguments alone, so a resumed run meets the same batches.
 
     RETURNS (List[List[Example]]): No example is longer than `max_length`; one that is over the budget by itself has a
         batch of its own.
     RAISES: SamError S606 if there is nothing to draw from, or nothing fits.
     """
     names = ", ".join(dataset.name for dataset in datasets) or "no corpora"
-    datasets = [dataset for dataset in datasets if dataset.records and (dataset.labels or dataset.records[0].labels)]
+    datasets = _usable(datasets)
     if not datasets:
         raise SamError("S606", names=names, reason="no corpus has both texts and entity types")
+    general = _usable(general) if general_share else []
+    weights = _shares(datasets, 1 - general_share if general else 1) + _shares(general, general_share)
+    datasets += general
     rng = random.Random(seed)
     streams = [_endless(dataset, rng) for dataset in datasets]
-    weights = [math.sqrt(len(dataset.records)) for dataset in datasets]
     batches: List[List[Example]] = []
     pool_size = max(64, 16 * tokens_per_batch // 128)
     n_tried = 0
@@ -130,6 +134,16 @@ def draw_batches(
         rng.shuffle(filled)
         batches.extend(filled)
     return batches[:n_batches]
+
+
+def _usable(datasets: Sequence[Dataset]) -> List[Dataset]:
+    return [dataset for dataset in datasets if dataset.records and (dataset.labels or dataset.records[0].labels)]
+
+
+def _shares(datasets: Sequence[Dataset], total: float) -> List[float]:
+    """What is drawn of each corpus, in proportion to the square root of its size; `total` together."""
+    roots = [math.sqrt(len(dataset.records)) for dataset in datasets]
+    return [total * root / sum(roots) for root in roots]
 
 
 def _endless(dataset: Dataset, rng: random.Random) -> Iterator[Record]:

@@ -84,6 +84,7 @@ class _Run:
         self.domains: Dict[str, List[Dataset]] = {
             name: [load_dataset(path) for path in expand(section.train)] for name, section in config.domains.items()
         }
+        self.general = [load_dataset(path) for path in expand(config.data.general)]
         self.aliases = read_aliases(config.data.aliases)
         self.prompt = {
             "name": config.bank.prompt,
@@ -196,13 +197,16 @@ class _Run:
         )
         with quiet_loading():
             model = get_peft_model(base, lora)
-        loss = self._fine_tune(model, tokenizer, datasets, run, seed, self.work / name)
+        general, share = self.general, self.config.data.general_share
+        work = self.work / name
+        loss = self._fine_tune(model, tokenizer, datasets, run, seed, work, general=general, general_share=share)
         if self.state.is_main_process:
             folder = self.work / name / "adapter"
             inside = Path(bank.base[0]).parent == bank.path
             save_adapter(model, folder, f"../../{BASE_DIR}" if inside else bank.base[0])
             card = self._card(bank, name, role, datasets)
-            bank.add(name, folder, replace(card, training={**run.model_dump(), "seed": seed, "loss": loss}))
+            training = {**run.model_dump(), "general_share": share, "seed": seed, "loss": loss}
+            bank.add(name, folder, replace(card, training=training))
             self.say(f"'{name}' is in the bank (mean training loss {loss:.3f})")
         self.state.wait_for_everyone()
 
@@ -227,6 +231,8 @@ class _Run:
         work: Path,
         *,
         constrained: bool = True,
+        general: Sequence[Dataset] = (),
+        general_share: float = 0.0,
     ) -> float:
         encoder = PromptEncoder(tokenizer, make_format(self.prompt))
         grammar = make_grammar(encoder) if constrained else None
@@ -240,6 +246,8 @@ class _Run:
             seed=seed,
             aliases=self.aliases,
             grammar=grammar,
+            general=general,
+            general_share=general_share,
         )
         loss = fine_tune(
             model,
