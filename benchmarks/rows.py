@@ -64,8 +64,7 @@ class Situation:
         return self._selections[key]
 
     def spec(self, experts: Sequence[str], merge: Any = None, weights: Sequence[float] = ()) -> TaskModelSpec:
-        config = dict((merge or self.merge).config) if len(experts) > 1 else {}
-        return TaskModelSpec(tuple(experts), tuple(weights), config)
+        return TaskModelSpec(tuple(experts), tuple(weights), dict((merge or self.merge).config))
 
     def tally(self, choice: Choice) -> np.ndarray:
         found = self.predictions.entities(choice.specs, self.target, choice.agree)
@@ -97,8 +96,8 @@ def sam(
     return choose
 
 
-def eco(n_experts: int = 3) -> Callable[[Situation], Choice]:
-    return lambda at: Choice((at.spec(mean_rank(at.selections())[:n_experts]),))
+def eco(n_experts: int = 3, merge: Any = None) -> Callable[[Situation], Choice]:
+    return lambda at: Choice((at.spec(mean_rank(at.selections())[:n_experts], merge),))
 
 
 def at_random(n_experts: int = 3) -> Callable[[Situation], Choice]:

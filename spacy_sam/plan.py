@@ -86,7 +86,8 @@ class TaskModelSpec(Strict):
     """A task model: experts, a weight for each, and the merge method as a config block (`{"@misc": ..., ...}`).
 
     No experts at all means the untuned base. Experts are a set: their order never changes the merge, so they are kept
-    sorted by name and equal sets have equal fingerprints.
+    sorted by name and equal sets have equal fingerprints. One expert is not merged with anything, so no method is
+    kept.
     """
 
     experts: Tuple[str, ...] = ()
@@ -98,6 +99,8 @@ class TaskModelSpec(Strict):
         bad = len(weights) != len(self.experts) or len(set(self.experts)) != len(self.experts)
         if bad or not all(math.isfinite(w) for w in weights):
             raise SamError("S113", experts=list(self.experts), weights=list(self.weights))
+        if len(weights) < 2:
+            object.__setattr__(self, "method", {})
         pairs = sorted(zip(self.experts, weights))
         object.__setattr__(self, "experts", tuple(name for name, _ in pairs))
         object.__setattr__(self, "weights", tuple(float(weight) for _, weight in pairs))

@@ -115,7 +115,14 @@ def test_plan_task_model_fingerprint_changes_with_what_decides_the_merge(other):
 
 def test_plan_task_model_fingerprint_ignores_order_of_settings():
     backwards = dict(reversed(list(TIES.items())))
-    assert TaskModelSpec(("a",), (), backwards).fingerprint == TaskModelSpec(("a",), (), TIES).fingerprint
+    assert TaskModelSpec(("a", "b"), (), backwards).fingerprint == TaskModelSpec(("a", "b"), (), TIES).fingerprint
+
+
+@pytest.mark.parametrize("experts", [(), ("a",)])
+def test_plan_task_model_of_one_has_no_method(experts):
+    """It is the same task model whatever it would be merged by, so it is run once."""
+    assert TaskModelSpec(experts, (), TIES) == TaskModelSpec(experts)
+    assert TaskModelSpec(experts, (), TIES).fingerprint == TaskModelSpec(experts).fingerprint
 
 
 @pytest.mark.parametrize(("experts", "name"), [(("b", "a"), "a + b"), (("a",), "a"), ((), "base")])

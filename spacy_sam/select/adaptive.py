@@ -46,8 +46,7 @@ class Adaptive:
         return make_plan(self.name, [self._spec(best)], selections, context)
 
     def _spec(self, experts: Experts) -> TaskModelSpec:
-        # One expert is not merged: the same task model that selectors have run already.
-        return TaskModelSpec(experts, (), dict(self.merge.config) if len(experts) > 1 else {})
+        return TaskModelSpec(experts, (), dict(self.merge.config))
 
     def _candidates(self, selections: Sequence[Selection]) -> List[Experts]:
         orders = [[name for name, _ in selection.scores] for selection in selections] + [mean_rank(selections)]

@@ -1,0 +1,103 @@
+"""Settings of merge and selection, chosen without any target: each source domain in turn plays the target.
+
+Example: python -m benchmarks.tune --data DATA
+On its dev sets the domain's own expert is left out (a domain that nobody trained on), or is there (a known one). `targets/` and
+`extra/` are not read. The defaults of the package are what this benchmark says.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Dict, List, Optional
+
+import numpy as np
+import typer
+
+from benchmarks import rows as r
+from benchmarks.common import write_results
+from benchmarks.predictions import Predictions, Target, read_target
+from spacy_sam import evaluate as ev
+from spacy_sam.bank import ExpertBank
+from spacy_sam.plan import Expert
+from spacy_sam.registered import make_mean, make_ties
+from spacy_sam.select.base import SelectionContext
+
+MERGES = {
+    **{f"TIES, density {d}, scale {s}": make_ties(d, s) for d in (0.2, 0.5, 1.0) for s in (0.3, 0.5, 0.7, 1.0)},
+    **{f"mean, scale {s}": make_mean(s) for s in (0.5, 0.7, 1.0, 1.4)},
+}
+
+
+class Without:
+    """A bank as it would be without one of its experts."""
+
+    def __init__(self, bank: ExpertBank, left_out: str) -> None:
+        self._bank = bank
+        self._left_out = left_out
+
+    @property
+    def experts(self) -> List[Expert]:
+        return [card for card in self._bank.experts if card.name != self._left_out]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._bank, name)
+
+
+class NewDomain(r.Situation):
+    """A situation in which the bank lacks an expert."""
+
+    def __init__(self, predictions: Predictions, target: Target, seed: int, merge: Any, left_out: str) -> None:
+        super().__init__(predictions, target, seed, merge)
+        self.left_out = left_out
+        self.experts = [name for name in self.experts if name != left_out]
+
+    def context(self, size: int = r.LOOK_AHEAD) -> SelectionContext:
+        context = super().context(size)
+        return replace(context, bank=Without(context.bank, self.left_out))  # type: ignore[arg-type]
+
+
+def scan(places: List[r.Situation], rows: Dict[str, Any]) -> Dict[str, Dict[str, float]]:
+    """F1 of each row at each place, and the mean."""
+    table: Dict[str, Dict[str, float]] = {}
+    for name, choose in rows.items():
+        table[name] = {at.target.name: at.f1(choose(at)) for at in places}
+        table[name]["mean"] = float(np.mean(list(table[name].values())))
+        print(name.ljust(40), *(f"{100 * f:6.1f}" for f in table[name].values()), flush=True)
+    return table
+
+
+def fixed_rows() -> Dict[str, Any]:
+    rows: Dict[str, Any] = {"first by similarity": r.sam(1, [0]), "first by mean rank": r.eco(1)}
+    rows |= {f"{n} experts": r.eco(n) for n in range(2, 6)}
+    return {**rows, "SaM": r.sam(), "adaptive": r.adaptive()}
+
+
+def main(
+    data: Path = typer.Option(..., help="Folder with sources/DOMAIN/*.dev.jsonl."),
+    bank: Optional[Path] = typer.Option(None, help="Bank folder; the bundled one by default."),
+    limit: int = typer.Option(100, help="Sentences of each dev set; of longer ones a random sample."),
+    dtype: str = typer.Option("bfloat16", help="Of the task models: float32 or bfloat16."),
+    cache: Path = typer.Option(Path(".cache/paper"), help="Where answers are kept."),
+) -> None:
+    """Measure, and write `results/tune.json`."""
+    engine = {"@misc": "spacy_sam.TorchEngine.v1", "dtype": dtype}
+    nlp, component = ev.make_pipeline(bank, labels=["any"], engine=engine)
+    predictions = Predictions(nlp, component, cache, say=lambda line: None)
+    found = [(card.name, corpus.name) for card in predictions.bank.experts for corpus in card.corpora]
+    paths = [(domain, path) for domain, name in found for path in data.glob(f"sources/{domain}/{name}.dev.jsonl")]
+    targets = [(domain, read_target(path, limit)) for domain, path in paths]
+    new: List[r.Situation] = [NewDomain(predictions, t, 0, make_ties(), domain) for domain, t in targets]
+    known = [r.Situation(predictions, target, 0, make_ties()) for _, target in targets]
+    baselines = {card.name: r.one(card.name) for card in predictions.bank.baselines}
+    print("SaM-eco of three experts, the domain's own left out")
+    merges = scan(new, {name: r.eco(merge=merge) for name, merge in MERGES.items()})
+    print("Numbers of experts, the domain's own left out")
+    counts = scan(new, fixed_rows())
+    print("The domain's own expert among them")
+    own = scan(known, {**baselines, **fixed_rows()})
+    figures = {name: round(line["mean"], 4) for name, line in merges.items()}
+    details = {"limit": limit, "dtype": dtype, "new": {**merges, **counts}, "known": own}
+    print(write_results("tune", figures, **details))
+
+
+if __name__ == "__main__":
+    typer.run(main)
