@@ -100,6 +100,19 @@ def eco(n_experts: int = 3, merge: Any = None) -> Callable[[Situation], Choice]:
     return lambda at: Choice((at.spec(mean_rank(at.selections())[:n_experts], merge),))
 
 
+def weighted(temperature: float, merge: Any = None, least: float = 0.1) -> Callable[[Situation], Choice]:
+    """Experts weighted by a softmax of their similarities, without those that would have less than `least`."""
+
+    def choose(at: Situation) -> Choice:
+        scores = at.selections()[0].scores
+        shares = np.exp((np.array([score for _, score in scores]) - scores[0][1]) / temperature)
+        shares /= shares.sum()
+        kept = [(name, float(share)) for (name, _), share in zip(scores, shares) if share >= least]
+        return Choice((at.spec([name for name, _ in kept], merge, [share for _, share in kept]),))
+
+    return choose
+
+
 def at_random(n_experts: int = 3) -> Callable[[Situation], Choice]:
     return lambda at: Choice((at.spec(random.Random(f"{at.target.name} {at.seed}").sample(at.experts, n_experts)),))
 

@@ -68,6 +68,8 @@ def scan(places: List[r.Situation], rows: Dict[str, Any]) -> Dict[str, Dict[str,
 def fixed_rows() -> Dict[str, Any]:
     rows: Dict[str, Any] = {"first by similarity": r.sam(1, [0]), "first by mean rank": r.eco(1)}
     rows |= {f"{n} experts": r.eco(n) for n in range(2, 6)}
+    rows |= {f"weighted, temperature {t}": r.weighted(t) for t in (0.02, 0.05, 0.1, 0.2)}
+    rows |= {f"weighted mean, temperature {t}": r.weighted(t, make_mean(1.0)) for t in (0.02, 0.05, 0.1, 0.2)}
     return {**rows, "SaM": r.sam(), "adaptive": r.adaptive()}
 
 

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, Gemma2Config, Gemma2ForCausalLM, Trainin
 from spacy_sam.generate.constrain import InlineGrammar
 from spacy_sam.prompts import InlineFormat, PromptEncoder
 from spacy_sam.train.data import IGNORED, Example, encode_example
-from spacy_sam.train.loss import GrammarTrainer, choices, grammar_loss
+from spacy_sam.train.loss import LABEL_WEIGHT, GrammarTrainer, choices, grammar_loss
 from spacy_sam.train.sft import Collator, Seq2SeqCollator
 
 LABELS = ("place", "person", "person or place")
@@ -48,8 +48,15 @@ def decisions(grammar: InlineGrammar, example: Example) -> List[Tuple[int, Tuple
     return found
 
 
+def weight_of(grammar: InlineGrammar, before: List[int]) -> float:
+    """Of the decision behind these tokens of an answer: within a label it counts more."""
+    text, _ = grammar.encoder.decode(before)
+    return LABEL_WEIGHT if text.rfind("⟨") > text.rfind("⟩") else 1.0
+
+
 def slow_loss(model, grammar: InlineGrammar, examples: List[Example]) -> float:
-    losses = []
+    """Cross entropy at every decision; those about a label, where no mark can come, count more."""
+    losses, weights = [], []
     for example in examples:
         prompt, answer = example.input_ids[: example.n_prompt], example.input_ids[example.n_prompt :]
         for place, allowed, token in decisions(grammar, example):
@@ -60,7 +67,8 @@ def slow_loss(model, grammar: InlineGrammar, examples: List[Example]) -> float:
                 logits = model(torch.tensor([prompt + answer[:place]])).logits
             scores = logits[0, -1, list(allowed)].log_softmax(-1)
             losses.append(-float(scores[allowed.index(token)]))
-    return sum(losses) / len(losses)
+            weights.append(weight_of(grammar, answer[:place]))
+    return sum(loss * weight for loss, weight in zip(losses, weights)) / sum(weights)
 
 
 def make_trainer(model, tmp_path) -> GrammarTrainer:
@@ -192,6 +200,8 @@ def test_choices_say_what_is_allowed_and_right(parts, left):
             found = batch["choices"][row, offset + place]
             assert found[found >= 0].tolist() == list(allowed)
             assert found[batch["chosen"][row, offset + place]] == token
+            answer = example.input_ids[example.n_prompt :]
+            assert batch["weights"][row, offset + place] == weight_of(grammar, answer[:place])
 
 
 def test_no_grammar_no_choices(parts):
@@ -202,8 +212,15 @@ def test_loss_leaves_out_what_is_forced():
     logits = torch.zeros(1, 2, 5)
     logits[0, 0, 3] = 9.0  # not allowed
     allowed = torch.tensor([[[0, 1, -1], [2, -1, -1]]])
-    loss = grammar_loss(logits, allowed, torch.tensor([[1, IGNORED]]))
+    loss = grammar_loss(logits, allowed, torch.tensor([[1, IGNORED]]), torch.ones(1, 2))
     assert float(loss) == pytest.approx(0.6931, abs=1e-4)
+
+
+def test_loss_is_a_weighted_mean():
+    logits = torch.tensor([[[0.0, 0.0, 0.0], [0.0, 50.0, 0.0]]])
+    allowed = torch.tensor([[[0, 1], [0, 1]]])
+    loss = grammar_loss(logits, allowed, torch.tensor([[1, 1]]), torch.tensor([[1.0, 3.0]]))
+    assert float(loss) == pytest.approx(0.6931 / 4, abs=1e-4)
 
 
 def test_examples_that_the_grammar_lacks_are_none(parts):

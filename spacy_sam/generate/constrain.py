@@ -19,6 +19,11 @@ class Walk(Protocol):
 
     opening: int
 
+    @property
+    def in_label(self) -> bool:
+        """Whether the next token is one of a label."""
+        ...
+
     def allowed(self) -> Tokens:
         """Token ids of which the next one is; never none. A single one is forced."""
         ...
@@ -130,6 +135,10 @@ class InlineWalk:
         self.open = False  # the word before that was marked, so an entity may go on
         self.forced: List[int] = []  # what must come next, before anything else
         self.label: Optional[Trie] = None  # where in the labels, if in one
+
+    @property
+    def in_label(self) -> bool:
+        return not self.forced and self.label is not None
 
     def allowed(self) -> Tokens:
         if self.forced:

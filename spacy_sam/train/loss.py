@@ -1,6 +1,6 @@
 """The loss under a grammar: cross entropy over what it allows, without the logits of all other tokens."""
 
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 from torch.nn.functional import cross_entropy
@@ -10,47 +10,68 @@ from ..generate.constrain import Grammar
 from ..generate.parallel import allowed_logits
 from .data import IGNORED, Example
 
+# Of ten decisions one is which type an entity has, and it is the one that small models learn last: it counts for more.
+LABEL_WEIGHT = 5.0
+
 
 def choices(examples: Sequence[Example], grammar: Optional[Grammar], *, left: bool) -> Dict[str, torch.Tensor]:
     """What the grammar allows in place of each token of the answers, and which of it is right.
 
     left (bool): Answers are padded on the left.
-    RETURNS (Dict[str, Tensor]): "choices" [rows, longest answer, most choices], padded with -1, and "chosen"
-        [rows, longest answer], the place of the right one among them, IGNORED where it is forced. Nothing without a grammar.
+    RETURNS (Dict[str, Tensor]): "choices" [rows, longest answer, most choices], padded with -1; "chosen" [rows, longest
+        answer], the place of the right one among them, IGNORED where it is forced; "weights" [rows, longest answer], what
+        each decision counts for in the loss. Nothing without a grammar.
     """
     if grammar is None:
         return {}
     rows = [_walk(grammar, example) for example in examples]
-    width, most = max(map(len, rows)), max(len(allowed) for row in rows for allowed, _ in row)
+    width, most = max(map(len, rows)), max(len(step.allowed) for row in rows for step in row)
     found = torch.full((len(rows), width, most), -1)
     chosen = torch.full((len(rows), width), IGNORED)
+    weights = torch.ones(len(rows), width)
     for number, row in enumerate(rows):
         offset = width - len(row) if left else 0
-        for at, (allowed, place) in enumerate(row, offset):
-            if len(allowed) > 1:
-                found[number, at, : len(allowed)] = torch.tensor(allowed)
-                chosen[number, at] = place
-    return {"choices": found, "chosen": chosen}
+        for at, step in enumerate(row, offset):
+            if len(step.allowed) > 1:
+                found[number, at, : len(step.allowed)] = torch.tensor(step.allowed)
+                chosen[number, at] = step.place
+                weights[number, at] = LABEL_WEIGHT if step.in_label else 1.0
+    return {"choices": found, "chosen": chosen, "weights": weights}
 
 
-def _walk(grammar: Grammar, example: Example) -> List[Tuple[Tuple[int, ...], int]]:
+class Step(NamedTuple):
+    """What the grammar allows in place of one token, which of it is right, and whether it is about a label."""
+
+    allowed: Tuple[int, ...]
+    place: int
+    in_label: bool
+
+
+def _walk(grammar: Grammar, example: Example) -> List[Step]:
     walk = grammar.walk(example.labels, example.text)
-    steps: List[Tuple[Tuple[int, ...], int]] = []
+    steps: List[Step] = []
     for token in example.input_ids[example.n_prompt :]:
         allowed = walk.allowed()
-        steps.append((allowed, allowed.index(token)))
+        steps.append(Step(allowed, allowed.index(token), walk.in_label))
         walk.advance(token)
     return steps
 
 
-def grammar_loss(logits: torch.Tensor, choices: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
-    """Cross entropy over what the grammar allows: mean over the tokens that it does not force.
+def grammar_loss(
+    logits: torch.Tensor, choices: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor
+) -> torch.Tensor:
+    """Cross entropy over what the grammar allows: weighted mean over the tokens that it does not force.
 
-    logits (Tensor): [rows, answer, vocab]. choices, chosen: See `choices`.
+    logits (Tensor): [rows, answer, vocab]. choices, chosen, weights: See `choices`.
     """
     decided = chosen != IGNORED
     allowed = logits[decided].gather(1, choices[decided].clamp_min(0)).float()
-    return cross_entropy(allowed.masked_fill(choices[decided] < 0, float("-inf")), chosen[decided])
+    allowed = allowed.masked_fill(choices[decided] < 0, float("-inf"))
+    return _weighted_mean(allowed, chosen[decided], weights[decided])
+
+
+def _weighted_mean(allowed: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    return (cross_entropy(allowed, chosen, reduction="none") * weights).sum() / weights.sum()
 
 
 class GrammarTrainer(Trainer):
@@ -65,19 +86,20 @@ class GrammarTrainer(Trainer):
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, *args: Any, **kwargs: Any) -> Any:
         if "choices" not in inputs:
             return super().compute_loss(model, inputs, return_outputs, *args, **kwargs)
-        given = {key: inputs[key] for key in inputs if key not in ("choices", "chosen", "labels")}
+        given = {key: inputs[key] for key in inputs if key not in ("choices", "chosen", "weights", "labels")}
         if "logits_to_keep" not in given:  # an encoder-decoder: its answers go in beside the prompt
             given["decoder_input_ids"] = _shifted(inputs["labels"], model)
-        choices, chosen = inputs["choices"], inputs["chosen"]
+        choices, chosen, weights = inputs["choices"], inputs["chosen"], inputs["weights"]
         if self._is_plain is None:
             self._is_plain = _has_plain_head(model, given)
         if self._is_plain and not return_outputs:
             decided = chosen != IGNORED
             with self.accelerator.autocast():
                 states = _last_states(model, given)[decided]
-                return cross_entropy(allowed_logits(_inside(model), states, choices[decided]), chosen[decided])
+                allowed = allowed_logits(_inside(model), states, choices[decided])
+                return _weighted_mean(allowed, chosen[decided], weights[decided])
         logits = _of_answer(model(**given).logits, given)
-        loss = grammar_loss(logits, choices, chosen)
+        loss = grammar_loss(logits, choices, chosen, weights)
         return (loss, {"logits": logits}) if return_outputs else loss
 
 
