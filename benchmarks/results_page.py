@@ -28,9 +28,11 @@ def write_page(results: Path, page: Path) -> None:
     page (Path): The markdown file.
     """
     data = json.loads(results.read_text(encoding="utf8"))
-    images = page.parent / "img"
-    images.mkdir(parents=True, exist_ok=True)
-    plots = _plots(data, images)
+    plots: List[str] = []
+    if data["sweeps"]:
+        images = page.parent / "img"
+        images.mkdir(parents=True, exist_ok=True)
+        plots = _plots(data, images)
     sections = [
         _head(data, results),
         _goals(data),
@@ -56,7 +58,7 @@ Strict spans: type and both boundaries must be right; micro F1 in percent. Cross
 of each target: {texts}. What is sampled (the texts that selectors see, the three experts at
 random) is drawn with seeds {", ".join(map(str, settings["seeds"]))}; F1 is their mean. Intervals hold 95 % of
 1,000 bootstrap draws of the sentences; unified is drawn with the same sentences. No row is chosen by the targets' labels,
-save the two marked as oracle."""
+save those marked as oracle."""
 
 
 def _goals(data: Dict[str, Any]) -> str:
@@ -91,8 +93,8 @@ def _by_group(data: Dict[str, Any]) -> str:
         relative = (f"{value / one:.2f}" if one else "-" for value, one in zip(values, unified))
         rows.append([row, *(f"{100 * value:.1f}" for value in values), *relative])
     return (
-        "## By group\n\nThe density and scale of the merge were chosen on `extra/` (experiments.md, trial 13), by its labels: "
-        "`targets/` is the fairer measure. Relative: to unified.\n\n" + table(rows)
+        "## By group\n\nNothing was chosen by the labels of either group: merge and selection were tuned on dev sets of the "
+        "source domains, each with its own expert left out (`benchmarks.tune`). Relative: to unified.\n\n" + table(rows)
     )
 
 

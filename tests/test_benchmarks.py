@@ -87,6 +87,11 @@ def test_oracle_is_the_best_of_its_options(predictions, target):
     assert best == max(map(at.f1, options))
 
 
+def test_rows_without_subsets_run_no_sets_of_experts(predictions):
+    names = {row.name for row in main_rows(predictions)} - {row.name for row in main_rows(predictions, subsets=False)}
+    assert names == {"best of at most three (oracle)"}
+
+
 def test_matched_methods_have_the_norm_they_say(predictions, target, monkeypatch):
     from benchmarks import norms
 
@@ -137,6 +142,10 @@ def test_page_is_written_from_results(predictions, tmp_path):
         "0.50 | 20.0",
     ):
         assert expected in text
+    quick = tmp_path / "quick.md"
+    results.write_text(json.dumps({**data, "sweeps": {}}), encoding="utf8")
+    write_page(results, quick)
+    assert "img/" not in quick.read_text(encoding="utf8")
     for image in ("n_experts.svg", "sample_size.svg"):
         assert f"(img/{image})" in text
         assert (page.parent / "img" / image).read_text(encoding="utf8").lstrip().startswith("<?xml")
