@@ -12,9 +12,10 @@ from transformers import AutoTokenizer, Gemma2Config, Gemma2ForCausalLM, Trainin
 from spacy_sam.generate.constrain import InlineGrammar
 from spacy_sam.prompts import InlineFormat, PromptEncoder
 from spacy_sam.train.data import IGNORED, Example, encode_example
-from spacy_sam.train.loss import LABEL_WEIGHT, GrammarTrainer, choices, grammar_loss
+from spacy_sam.train.loss import GrammarTrainer, choices, grammar_loss
 from spacy_sam.train.sft import Collator, Seq2SeqCollator
 
+LABEL_WEIGHT = 3.0
 LABELS = ("place", "person", "person or place")
 ANNOTATED = [
     ("Lena met Jakob in Prague.", [(0, 4, "person"), (9, 14, "person"), (18, 24, "place")]),
@@ -78,7 +79,7 @@ def make_trainer(model, tmp_path) -> GrammarTrainer:
 def collate(parts) -> Dict[str, Any]:
     model, tokenizer, grammar, examples = parts
     collator = Seq2SeqCollator if model.config.is_encoder_decoder else Collator
-    return collator(tokenizer.pad_token_id, grammar)([examples])
+    return collator(tokenizer.pad_token_id, grammar, LABEL_WEIGHT)([examples])
 
 
 def count_rows(head: torch.nn.Module, monkeypatch) -> List[int]:
@@ -187,7 +188,7 @@ def test_loss_of_capped_logits(tmp_path):
 @pytest.mark.parametrize("left", [False, True])
 def test_choices_say_what_is_allowed_and_right(parts, left):
     _, _, grammar, examples = parts
-    batch = choices(examples, grammar, left=left)
+    batch = choices(examples, grammar, left=left, label_weight=LABEL_WEIGHT)
     lengths = [len(example.input_ids) - example.n_prompt for example in examples]
     assert batch["choices"].shape[:2] == batch["chosen"].shape == (len(examples), max(lengths))
     for row, (example, length) in enumerate(zip(examples, lengths)):

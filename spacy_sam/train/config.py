@@ -67,6 +67,7 @@ class RunSection(Section):
     max_grad_norm: float = Field(default=1.0, gt=0)
     gradient_accumulation: int = Field(default=1, ge=1)
     bf16: bool = True
+    label_weight: float = Field(default=1.0, gt=0)
 
     def settings(self, seed: int) -> SftSettings:
         return SftSettings(**self.model_dump(include=set(RunSection.model_fields)), seed=seed)

@@ -10,14 +10,14 @@ from ..generate.constrain import Grammar
 from ..generate.parallel import allowed_logits
 from .data import IGNORED, Example
 
-# Of ten decisions one is which type an entity has, and it is the one that small models learn last: it counts for more.
-LABEL_WEIGHT = 5.0
 
-
-def choices(examples: Sequence[Example], grammar: Optional[Grammar], *, left: bool) -> Dict[str, torch.Tensor]:
+def choices(
+    examples: Sequence[Example], grammar: Optional[Grammar], *, left: bool, label_weight: float = 1.0
+) -> Dict[str, torch.Tensor]:
     """What the grammar allows in place of each token of the answers, and which of it is right.
 
     left (bool): Answers are padded on the left.
+    label_weight (float): What a decision about a label counts for in the loss; others count 1.
     RETURNS (Dict[str, Tensor]): "choices" [rows, longest answer, most choices], padded with -1; "chosen" [rows, longest
         answer], the place of the right one among them, IGNORED where it is forced; "weights" [rows, longest answer], what
         each decision counts for in the loss. Nothing without a grammar.
@@ -35,7 +35,7 @@ def choices(examples: Sequence[Example], grammar: Optional[Grammar], *, left: bo
             if len(step.allowed) > 1:
                 found[number, at, : len(step.allowed)] = torch.tensor(step.allowed)
                 chosen[number, at] = step.place
-                weights[number, at] = LABEL_WEIGHT if step.in_label else 1.0
+                weights[number, at] = label_weight if step.in_label else 1.0
     return {"choices": found, "chosen": chosen, "weights": weights}
 
 

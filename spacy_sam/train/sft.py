@@ -24,7 +24,10 @@ logger = logging.getLogger("spacy_sam")
 
 @dataclass(frozen=True)
 class SftSettings:
-    """What decides the result of one run; a checkpoint is only continued under the same settings."""
+    """What decides the result of one run; a checkpoint is only continued under the same settings.
+
+    label_weight: What the choice of a label counts for in the loss under a grammar, where other decisions count 1.
+    """
 
     max_steps: int
     learning_rate: float
@@ -34,6 +37,7 @@ class SftSettings:
     max_grad_norm: float = 1.0
     gradient_accumulation: int = 1
     bf16: bool = True
+    label_weight: float = 1.0
     seed: int = 0
 
 
@@ -53,9 +57,10 @@ class Schedule(TorchDataset):
 class Collator:
     """Pads on the left, so that the answers end together and only their logits need to be computed."""
 
-    def __init__(self, pad_id: int, grammar: Optional[Grammar] = None) -> None:
+    def __init__(self, pad_id: int, grammar: Optional[Grammar] = None, label_weight: float = 1.0) -> None:
         self.pad_id = pad_id
         self.grammar = grammar
+        self.label_weight = label_weight
 
     def __call__(self, items: List[List[Example]]) -> Dict[str, Any]:
         (examples,) = items
@@ -76,16 +81,17 @@ class Collator:
             "position_ids": positions,
             "labels": labels[:, width - kept :],
             "logits_to_keep": kept,
-            **choices(examples, self.grammar, left=True),
+            **choices(examples, self.grammar, left=True, label_weight=self.label_weight),
         }
 
 
 class Seq2SeqCollator:
     """Prompts for the encoder and answers for the decoder, both padded on the right."""
 
-    def __init__(self, pad_id: int, grammar: Optional[Grammar] = None) -> None:
+    def __init__(self, pad_id: int, grammar: Optional[Grammar] = None, label_weight: float = 1.0) -> None:
         self.pad_id = pad_id
         self.grammar = grammar
+        self.label_weight = label_weight
 
     def __call__(self, items: List[List[Example]]) -> Dict[str, Any]:
         (examples,) = items
@@ -97,7 +103,7 @@ class Seq2SeqCollator:
             "input_ids": input_ids,
             "attention_mask": (torch.arange(input_ids.shape[1]) < lengths[:, None]).long(),
             "labels": pad_sequence(answers, batch_first=True, padding_value=IGNORED),
-            **choices(examples, self.grammar, left=False),
+            **choices(examples, self.grammar, left=False, label_weight=self.label_weight),
         }
 
 
@@ -167,7 +173,7 @@ def fine_tune(
     trainer = GrammarTrainer(
         model=model,
         args=args,
-        data_collator=collator(tokenizer.pad_token_id, grammar),
+        data_collator=collator(tokenizer.pad_token_id, grammar, settings.label_weight),
         train_dataset=Schedule(batches),
         callbacks=[SaveEvery(save_minutes)],
     )
