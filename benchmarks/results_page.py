@@ -93,8 +93,8 @@ def _by_group(data: Dict[str, Any]) -> str:
         relative = (f"{value / one:.2f}" if one else "-" for value, one in zip(values, unified))
         rows.append([row, *(f"{100 * value:.1f}" for value in values), *relative])
     return (
-        "## By group\n\nNothing was chosen by the labels of either group: merge and selection were tuned on dev sets of the "
-        "source domains, each with its own expert left out (`benchmarks.tune`). Relative: to unified.\n\n" + table(rows)
+        "## By group\n\nThe density and scale of the merge were chosen on `extra/` (experiments.md, trial 13), by its labels: "
+        "`targets/` is the fairer measure. Relative: to unified.\n\n" + table(rows)
     )
 
 

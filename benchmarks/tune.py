@@ -2,7 +2,7 @@
 
 Example: python -m benchmarks.tune --data DATA
 On its dev sets the domain's own expert is left out (a domain that nobody trained on), or is there (a known one). `targets/` and
-`extra/` are not read. The defaults of the package are what this benchmark says.
+`extra/` are not read.
 """
 
 from dataclasses import replace
@@ -20,11 +20,14 @@ from spacy_sam.bank import ExpertBank
 from spacy_sam.plan import Expert
 from spacy_sam.registered import make_mean, make_ties
 from spacy_sam.select.base import SelectionContext
+from spacy_sam.settings import DENSITY, SCALE
 
 MERGES = {
     **{f"TIES, density {d}, scale {s}": make_ties(d, s) for d in (0.2, 0.5, 1.0) for s in (0.3, 0.5, 0.7, 1.0)},
     **{f"mean, scale {s}": make_mean(s) for s in (0.5, 0.7, 1.0, 1.4)},
 }
+
+TEMPERATURES = (0.02, 0.05, 0.1)  # of the softmax over similarities
 
 
 class Without:
@@ -65,12 +68,12 @@ def scan(places: List[r.Situation], rows: Dict[str, Any]) -> Dict[str, Dict[str,
     return table
 
 
-def fixed_rows() -> Dict[str, Any]:
+def selection_rows() -> Dict[str, Any]:
     rows: Dict[str, Any] = {"first by similarity": r.sam(1, [0]), "first by mean rank": r.eco(1)}
-    rows |= {f"{n} experts": r.eco(n) for n in range(2, 6)}
-    rows |= {f"weighted, temperature {t}": r.weighted(t) for t in (0.02, 0.05, 0.1, 0.2)}
-    rows |= {f"weighted mean, temperature {t}": r.weighted(t, make_mean(1.0)) for t in (0.02, 0.05, 0.1, 0.2)}
-    return {**rows, "SaM": r.sam(), "adaptive": r.adaptive()}
+    rows |= {f"{n} experts": r.eco(n) for n in (2, 3, 4)}
+    rows |= {f"weighted, temperature {t}": r.weighted(t) for t in TEMPERATURES}
+    rows |= {f"weighted mean, temperature {t}": r.weighted(t, make_mean(1.0)) for t in TEMPERATURES}
+    return {**rows, "SaM": r.sam()}
 
 
 def main(
@@ -87,15 +90,16 @@ def main(
     found = [(card.name, corpus.name) for card in predictions.bank.experts for corpus in card.corpora]
     paths = [(domain, path) for domain, name in found for path in data.glob(f"sources/{domain}/{name}.dev.jsonl")]
     targets = [(domain, read_target(path, limit)) for domain, path in paths]
-    new: List[r.Situation] = [NewDomain(predictions, t, 0, make_ties(), domain) for domain, t in targets]
-    known = [r.Situation(predictions, target, 0, make_ties()) for _, target in targets]
+    merge = make_ties(DENSITY, SCALE)
+    new: List[r.Situation] = [NewDomain(predictions, t, 0, merge, domain) for domain, t in targets]
+    known = [r.Situation(predictions, target, 0, merge) for _, target in targets]
     baselines = {card.name: r.one(card.name) for card in predictions.bank.baselines}
     print("SaM-eco of three experts, the domain's own left out")
     merges = scan(new, {name: r.eco(merge=merge) for name, merge in MERGES.items()})
     print("Numbers of experts, the domain's own left out")
-    counts = scan(new, fixed_rows())
+    counts = scan(new, selection_rows())
     print("The domain's own expert among them")
-    own = scan(known, {**baselines, **fixed_rows()})
+    own = scan(known, {**baselines, **selection_rows()})
     figures = {name: round(line["mean"], 4) for name, line in merges.items()}
     details = {"limit": limit, "dtype": dtype, "new": {**merges, **counts}, "known": own}
     print(write_results("tune", figures, **details))

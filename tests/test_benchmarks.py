@@ -9,11 +9,12 @@ from remembering import REMEMBERED, REMEMBERED_LABELS
 from benchmarks.norms import matched_methods
 from benchmarks.predictions import Predictions, Target, bootstrap, f1, read_target, tallies
 from benchmarks.results_page import write_page
-from benchmarks.rows import Choice, Situation, main_rows, oracle
+from benchmarks.rows import Choice, Situation, main_rows, oracle, weighted
+from benchmarks.tune import NewDomain
 from spacy_sam import evaluate as ev
 from spacy_sam.corpora import Record
 from spacy_sam.merge.methods import Mean
-from spacy_sam.plan import Plan, TaskModelSpec
+from spacy_sam.plan import Plan, Selection, TaskModelSpec
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +86,25 @@ def test_oracle_is_the_best_of_its_options(predictions, target):
     best = at.f1(oracle([1, 2])(at))
     options = [Choice((at.spec(names),)) for names in (["expert0"], ["expert1"], ["expert0", "expert1"])]
     assert best == max(map(at.f1, options))
+
+
+def test_new_domain_lacks_its_expert(predictions, target):
+    at = NewDomain(predictions, target, 0, Mean(), "expert1")
+    assert at.experts == ["expert0"]
+    bank = at.context(2).bank
+    assert [card.name for card in bank.experts] == ["expert0"]
+    assert bank.base_hash == predictions.bank.base_hash
+    assert [card.name for card in predictions.bank.experts] == ["expert0", "expert1"]
+
+
+def test_weights_fall_with_the_distance_in_similarity(predictions, target, monkeypatch):
+    at = Situation(predictions, target, 0, Mean())
+    scores = (("expert1", 0.5), ("expert0", 0.5 - 0.1 * np.log(3)))
+    monkeypatch.setattr(at, "selections", lambda: [Selection("domain_similarity", scores, ())])
+    (spec,) = weighted(0.1)(at).specs
+    assert dict(zip(spec.experts, spec.weights)) == pytest.approx({"expert0": 0.25, "expert1": 0.75})
+    (spec,) = weighted(0.1, least=0.3)(at).specs
+    assert spec.experts == ("expert1",)
 
 
 def test_rows_without_subsets_run_no_sets_of_experts(predictions):
