@@ -137,6 +137,7 @@ def source_domains(predictions: Predictions, data: Path, limit: int, merge: Any)
             "unified": r.one("unified"),
             "SaM, one expert": r.sam(1),
             "SaM": r.sam(3),
+            "weighted": r.weighted(),
         }
         found[target.name] = {name: at.f1(choose(at)) for name, choose in choices.items()}
         print(target.name, found[target.name], flush=True)
@@ -155,6 +156,7 @@ def figures(table: Dict[str, Any], predictions: Predictions) -> Dict[str, float]
         "eco/sam": mean["SaM-eco"] / mean["SaM"],
         "adaptive/fixed": mean["adaptive"] / mean["SaM"],
         "adaptive/unified": mean["adaptive"] / mean["unified"],
+        "weighted/sam": mean["weighted"] / mean["SaM"],
     }
     if "best of at most three (oracle)" in mean:
         found["sam/oracle_subset"] = mean["SaM"] / mean["best of at most three (oracle)"]

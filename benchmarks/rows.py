@@ -12,6 +12,7 @@ from spacy_sam.plan import Plan, Selection, TaskModelSpec
 from spacy_sam.registered import make_adaptive, make_domain_similarity, make_sampling_evaluation
 from spacy_sam.select.base import SelectionContext
 from spacy_sam.select.strategies import mean_rank
+from spacy_sam.select.weighted import softmax_shares
 
 LOOK_AHEAD = 100  # texts that similarity sees: the component's default
 SAMPLE_SIZE = 10  # texts that the experts annotate: the paper's and the default
@@ -100,15 +101,12 @@ def eco(n_experts: int = 3, merge: Any = None) -> Callable[[Situation], Choice]:
     return lambda at: Choice((at.spec(mean_rank(at.selections())[:n_experts], merge),))
 
 
-def weighted(temperature: float, merge: Any = None, least: float = 0.1) -> Callable[[Situation], Choice]:
+def weighted(temperature: float = 0.05, merge: Any = None, least: float = 0.1) -> Callable[[Situation], Choice]:
     """Experts weighted by a softmax of their similarities, without those that would have less than `least`."""
 
     def choose(at: Situation) -> Choice:
-        scores = at.selections()[0].scores
-        shares = np.exp((np.array([score for _, score in scores]) - scores[0][1]) / temperature)
-        shares /= shares.sum()
-        kept = [(name, float(share)) for (name, _), share in zip(scores, shares) if share >= least]
-        return Choice((at.spec([name for name, _ in kept], merge, [share for _, share in kept]),))
+        shares = softmax_shares(at.selections()[0].scores, temperature, least)
+        return Choice((at.spec(tuple(shares), merge, tuple(shares.values())),))
 
     return choose
 
@@ -157,6 +155,7 @@ def main_rows(predictions: Predictions, subsets: bool = True) -> List[Row]:
         Row("SaM, intersection", sam(agree=2)),
         Row("SaM-eco", eco()),
         Row("adaptive", adaptive()),
+        Row("weighted", weighted()),
     ]
     if subsets:
         rows.append(Row("best of at most three (oracle)", oracle([1, 2, 3]), oracle=True))

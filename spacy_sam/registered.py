@@ -89,6 +89,13 @@ def make_adaptive(selectors: Dict[str, Any], merge: Any, max_experts: int = 6, s
     return Adaptive(_given(selectors), merge, max_experts, sample_size)
 
 
+def make_weighted(selector: Any, merge: Any, temperature: float = 0.05, least: float = 0.1) -> "Strategy":
+    """`spacy_sam.Weighted.v1`: see `select.weighted.Weighted`."""
+    from .select.weighted import Weighted
+
+    return Weighted(selector, merge, temperature, least)
+
+
 def _given(selectors: Dict[str, Any]) -> Tuple[Any, ...]:
     return tuple(selector for selector in selectors.values() if selector is not None)
 
