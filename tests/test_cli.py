@@ -230,10 +230,10 @@ def test_cli_select(run, tiny_bank_path, tmp_path, suffix):
 
 def test_cli_select_settings(run, corpus, tiny_bank_path, tmp_path):
     out = tmp_path / "plan.json"
-    args = ["--n-experts", 1, "--density", 0.5, "--scale", 2]
+    args = ["--n-experts", 2, "--density", 0.5, "--scale", 2]
     assert run("select", corpus, "-b", tiny_bank_path, "-l", "person", "-o", out, *args).exit_code == 0
     plan = Plan.from_disk(out)
-    assert {len(spec.experts) for spec in plan.task_models} == {1}
+    assert {len(spec.experts) for spec in plan.task_models} == {2}
     assert plan.task_models[0].method == {"@misc": "spacy_sam.TIES.v1", "density": 0.5, "scale": 2.0}
 
 
