@@ -146,7 +146,7 @@ def test_project_file():
         made: List[str] = []
         for name in steps:
             for dep in commands[name].get("deps", []):
-                assert dep in made or dep in (
+                assert dep in made or (ROOT / dep).exists() or dep in (
                     "${vars.raw}",
                     "configs/${vars.config}.cfg",
                     "configs/${vars.bank_config}.cfg",
