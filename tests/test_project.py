@@ -146,10 +146,15 @@ def test_project_file():
         made: List[str] = []
         for name in steps:
             for dep in commands[name].get("deps", []):
-                assert dep in made or (ROOT / dep).exists() or dep in (
-                    "${vars.raw}",
-                    "configs/${vars.config}.cfg",
-                    "configs/${vars.bank_config}.cfg",
+                assert (
+                    dep in made
+                    or (ROOT / dep).exists()
+                    or dep
+                    in (
+                        "${vars.raw}",
+                        "configs/${vars.config}.cfg",
+                        "configs/${vars.bank_config}.cfg",
+                    )
                 ), (name, dep)
             made += commands[name].get("outputs", []) + commands[name].get("outputs_no_cache", [])
     assert all(f"${{vars.{name}}}" in text for name in data["vars"])
