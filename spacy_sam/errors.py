@@ -63,6 +63,9 @@ MESSAGES = {
     "n_process=1 (the component batches by itself), or use the 'spawn' start method.",
     "S505": "A prompt has {n_tokens} tokens, and the base takes {context} with the answer. Ask about shorter texts, or use "
     "a task that divides them, such as spacy_sam.NER.v1.",
+    "S506": "The base is a tagger, which answers in the format {needed}, and the bank's is {name}. Set it in the bank's config.",
+    "S507": "The bank's base is a tagger: it finds entities and cannot complete other prompts. Use the task "
+    "spacy_sam.NER.v1 with this bank, or a bank around a language model.",
     # Training and data
     "S601": "The training config {path} is not valid:\n{problems}",
     "S602": "No such data: {path}. Give a .jsonl, .spacy or .conll/.bio/.iob file.",
@@ -71,8 +74,7 @@ MESSAGES = {
     "S605": "{path} holds a run with other settings ({changed}). Continue it with the same config, or give another folder.",
     "S606": "No training example can be made of {names}: {reason}. "
     "Give corpora with annotated texts, or raise 'max_length'.",
-    "S607": "There is no WordNet at {path}: it has no 'data.noun' and 'index.noun'. Give the 'dict' folder of WordNet 3.0 "
-    "(Debian's package 'wordnet-base' puts it in /usr/share/wordnet).",
+    "S607": "'encoder_learning_rate' is set, but the base is a {kind} without an encoder of its own. Leave the setting out.",
     # Component
     "S701": "There is no plan yet and selection is 'manual'. Call nlp.get_pipe('{name}').select(texts) first, "
     "or load a pipeline that was saved with a plan.",

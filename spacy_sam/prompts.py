@@ -115,6 +115,14 @@ class InlineFormat:
     def prefix(self, labels: Sequence[str]) -> str:
         return f"{self.instruction}Types: {'; '.join(labels)}\nText:"
 
+    def read(self, prompt: str) -> Optional[Tuple[Tuple[str, ...], str]]:
+        """What a whole prompt asks: labels and text as shown. RETURNS: None if it is not in this format."""
+        begin, end = f"{self.instruction}Types: ", "\n"
+        if not prompt.startswith(begin) or not prompt.endswith(end):
+            return None
+        labels, found, text = prompt[len(begin) : -len(end)].partition("\nText: ")
+        return (tuple(labels.split("; ")), text) if found and "\n" not in labels + text else None
+
     def groups(self, labels: Sequence[str]) -> List[Tuple[str, ...]]:
         return in_groups(labels, self.max_labels)
 

@@ -12,6 +12,7 @@ from transformers import (
     BartConfig,
     BartForConditionalGeneration,
     BertConfig,
+    BertForTokenClassification,
     BertModel,
     BertTokenizer,
     GPT2Config,
@@ -27,6 +28,7 @@ from transformers.utils.logging import disable_progress_bar
 from spacy_sam.bank import ExpertBank
 from spacy_sam.models import auto_model
 from spacy_sam.plan import Centroid, Corpus, Expert, Score
+from spacy_sam.train.run import peft_task
 
 PAD, END = "<|pad|>", "<|end|>"
 ENCODER = "test-encoder"
@@ -59,8 +61,8 @@ def make_tiny_bank(
 
     path (Union[str, Path]): The folder of the bank.
     n_experts (int): How many experts it gets.
-    architecture (str): "llama" (grouped queries, untied head), "opt" (norm after each block, tied head), "gpt2" or
-        "bart" (an encoder-decoder, tied head).
+    architecture (str): "llama" (grouped queries, untied head), "opt" (norm after each block, tied head), "gpt2",
+        "bart" (an encoder-decoder, tied head) or "tagger" (see `spacy_sam.generate.tagging`).
     seed (int): Decides every weight and centroid; torch's global random state is left as it was.
     labels (Sequence[str]): The labels on every expert's card.
     prompt (Mapping[str, Any]): The bank's prompt format.
@@ -170,7 +172,7 @@ def save_adapter(folder: Union[str, Path], base_folder: Union[str, Path], seed: 
         "r": 4,
         "lora_alpha": 8,
         "target_modules": "all-linear",
-        "task_type": "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM",
+        "task_type": peft_task(model.config),
         "fan_in_fan_out": model.config.model_type == "gpt2",
         **lora_kwargs,
     }
@@ -187,7 +189,7 @@ def save_adapter(folder: Union[str, Path], base_folder: Union[str, Path], seed: 
 
 
 def load_model(folder: Union[str, Path], dtype: torch.dtype = torch.float32) -> Any:
-    """A base, causal or encoder-decoder, as transformers loads it, in evaluation mode."""
+    """A base of any kind, as transformers loads it, in evaluation mode."""
     return auto_model(str(folder)).from_pretrained(folder, dtype=dtype, local_files_only=True).eval()
 
 
@@ -255,9 +257,27 @@ def _bart(ids: Mapping[str, Any]) -> BartForConditionalGeneration:
     return BartForConditionalGeneration(config)
 
 
+def _tagger(ids: Mapping[str, Any]) -> BertForTokenClassification:
+    config = BertConfig(
+        vocab_size=ids["vocab_size"],
+        pad_token_id=ids["pad_token_id"],
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=CONTEXT,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        initializer_range=INIT_RANGE,
+        num_labels=2 * 8 + 2,
+    )
+    return BertForTokenClassification(config)
+
+
 ARCHITECTURES: Dict[str, Callable[[Mapping[str, Any]], Any]] = {
     "llama": _llama,
     "opt": _opt,
     "gpt2": _gpt2,
     "bart": _bart,
+    "tagger": _tagger,
 }

@@ -10,6 +10,7 @@ import torch
 from helpers import load_model, make_tokenizer, save_base
 from torch.nn.functional import cross_entropy
 
+from spacy_sam.errors import SamError
 from spacy_sam.generate.constrain import make_grammar
 from spacy_sam.prompts import InlineFormat, LinesFormat, PromptEncoder
 from spacy_sam.train import sft
@@ -122,6 +123,30 @@ def test_train_loss_is_on_the_answer_alone(examples):
             logits = model(input_ids=ids).logits[0, example.n_prompt - 1 : -1]
             losses.append(cross_entropy(logits, ids[0, example.n_prompt :], reduction="none"))
     torch.testing.assert_close(loss, torch.cat(losses).mean())
+
+
+def test_train_encoder_learns_at_its_own_rate(examples, tiny_bart_path, tmp_path):
+    """Adam's first step is as long as the rate: seen on the encoder with the embeddings, and on the decoder."""
+    tokenizer = make_tokenizer()
+    model = load_model(tiny_bart_path)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    settings = sft.SftSettings(
+        max_steps=1, learning_rate=1e-2, encoder_learning_rate=1e-3, warmup_steps=0, weight_decay=0.0, bf16=False
+    )
+    sft.fine_tune(model, tokenizer, [examples], tmp_path / "work", settings, progress=False)
+    for name, parameter in model.named_parameters():
+        step = (parameter - before[name]).abs().max().item()
+        rate = 1e-2 if ".decoder." in name and "embed_tokens" not in name else 1e-3
+        if parameter.ndim > 1:  # keys have biases without a gradient
+            assert step == pytest.approx(rate, rel=0.05), name
+
+
+def test_train_encoder_rate_of_a_causal_base_is_refused(examples, tmp_path):
+    tokenizer = make_tokenizer()
+    settings = sft.SftSettings(max_steps=1, learning_rate=1e-2, encoder_learning_rate=1e-3)
+    with pytest.raises(SamError, match="S607"):
+        sft.fine_tune(random_llama(tokenizer, 16, 1, 2), tokenizer, [examples], tmp_path / "work", settings)
+    assert not (tmp_path / "work").exists()
 
 
 def test_train_overfits_one_batch(examples, tmp_path):

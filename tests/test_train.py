@@ -14,6 +14,7 @@ from transformers import AutoTokenizer, Trainer
 
 from spacy_sam.bank import ExpertBank
 from spacy_sam.errors import SamError
+from spacy_sam.models import is_tagger
 from spacy_sam.prompts import LinesFormat
 from spacy_sam.train import run, sft
 from spacy_sam.train.config import TrainConfig, expand, read_config
@@ -218,21 +219,22 @@ def test_train_without_base_training_or_unified(config, tmp_path):
     assert (len(bank), bank.baselines, "base_training" in bank.details) == (2, [], False)
 
 
-def test_train_encoder_decoder_bank(config, tiny_encoder_path, tmp_path):
-    """kind "encoder": base and adapters are of an encoder-decoder, and a run that was stopped goes on to the same bank."""
-    update = {"kind": "encoder", "source": str(tiny_encoder_path), "n_decoder_layers": 2}
-    other = config.model_copy(update={"base": config.base.model_copy(update=update)})
+def test_train_tagger_bank(config, tiny_encoder_path, tmp_path):
+    """kind "tagger": base and adapters are of a tagger, and a run that was stopped goes on to the same bank."""
+    update = {"kind": "tagger", "source": str(tiny_encoder_path)}
+    section = config.bank.model_copy(update={"prompt": "spacy_sam.Inline.v1"})
+    other = config.model_copy(update={"base": config.base.model_copy(update=update), "bank": section})
     bank = train(other, tmp_path / "bank")
     assert bank.check() == ["cooking", "sea_and_sport", "unified"]
     model = load_model(bank.base[0])
-    assert model.config.is_encoder_decoder
-    assert (len(model.get_encoder().layers), len(model.get_decoder().layers)) == (4, 2)
+    assert is_tagger(model.config)
+    assert len(model.bert.encoder.layer) == 4
     assert 0 < bank.details["base_training"]["all"]["loss"] < 20
     matrices = bank.load_adapter("cooking").matrices
     assert set(matrices) <= set(dict(model.named_parameters()))
-    attention = ("encoder.layers.3.self_attn", "decoder.layers.1.self_attn", "decoder.layers.1.encoder_attn")
-    assert all(matrices[f"model.{name}.q_proj.weight"].delta().abs().max() > 0 for name in attention)
-    assert not any("embed" in name or "lm_head" in name or "shared" in name for name in matrices)
+    changed = ("bert.encoder.layer.3.attention.self.query", "bert.encoder.layer.0.output.dense", "classifier")
+    assert all(matrices[f"{name}.weight"].delta().abs().max() > 0 for name in changed)
+    assert not any("embeddings" in name for name in matrices)
     shutil.copytree(bank.path, tmp_path / "again")
     ExpertBank(tmp_path / "again").remove("cooking")
     assert hashes(train(other, tmp_path / "again").path) == hashes(bank.path)

@@ -1,5 +1,6 @@
-"""What a bank's own base starts from: lossless cased vocabularies, and the encoder-decoder made from an encoder."""
+"""What a bank's own base starts from: lossless cased vocabularies, and the tagger made from an encoder."""
 
+import copy
 from pathlib import Path
 from typing import Any, Dict, List
 
@@ -12,9 +13,10 @@ from torch.nn.functional import cosine_similarity
 from transformers import AutoModel, AutoTokenizer
 
 from spacy_sam.corpora import read_records
+from spacy_sam.models import is_tagger
 from spacy_sam.prompts import LinesFormat, PromptEncoder
 from spacy_sam.select.encoder import offline_encoder_path
-from spacy_sam.train.base import seq2seq_from_encoder
+from spacy_sam.train.base import tagger_from_encoder
 from spacy_sam.train.run import save_base
 from spacy_sam.train.vocab import END, PAD, PieceVocabulary, build_tokenizer, cased_word_pieces
 
@@ -148,7 +150,7 @@ def test_vocabulary_cuts_where_minilm_does(minilm):
 @pytest.fixture(scope="module")
 def base(vocabulary, tiny_encoder_path) -> Any:
     torch.manual_seed(0)
-    return seq2seq_from_encoder(vocabulary.tokenizer, vocabulary.pieces, tiny_encoder_path, 2).eval()
+    return tagger_from_encoder(vocabulary.tokenizer, vocabulary.pieces, tiny_encoder_path).eval()
 
 
 @pytest.fixture(scope="module")
@@ -165,7 +167,7 @@ def test_base_encoder_gives_what_it_gave(base, encoder, vocabulary):
     mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in ids])
     vectors = encoder.embeddings.word_embeddings(padded)
     wanted = encoder(inputs_embeds=vectors, attention_mask=mask).last_hidden_state
-    found = base.get_encoder()(inputs_embeds=vectors, attention_mask=mask).last_hidden_state
+    found = base.bert(inputs_embeds=vectors, attention_mask=mask).last_hidden_state
     torch.testing.assert_close(found[mask.bool()], wanted[mask.bool()], rtol=1e-3, atol=1e-3)
 
 
@@ -173,7 +175,7 @@ def test_base_encoder_gives_what_it_gave(base, encoder, vocabulary):
 def test_base_word_vectors_are_the_encoder_s_and_can_be_told_apart(base, encoder, vocabulary):
     own, given = base.get_input_embeddings().weight, encoder.embeddings.word_embeddings.weight
     wanted = torch.stack([given[list(ids)].mean(0) for ids in vocabulary.pieces])
-    assert cosine_similarity(own, wanted, dim=-1).min() > 0.85
+    assert cosine_similarity(own, wanted, dim=-1).min() > 0.7
     assert len({tuple(row) for row in own.tolist()}) == len(own)
 
 
@@ -197,31 +199,30 @@ def test_base_capitals_are_a_direction(base, encoder, vocabulary):
     assert abs(cosine_similarity(means["title"], means["upper"], dim=0)) < 0.5
 
 
-def test_base_decoder_starts_from_some_layers(base, encoder):
-    """Of the encoder's four, the second and the last; attention to the text starts as attention to itself."""
-    decoder = base.get_decoder().layers
-    assert len(decoder) == 2
-    for source, layer in zip((encoder.encoder.layer[1], encoder.encoder.layer[3]), decoder, strict=True):
-        for attention in (layer.self_attn, layer.encoder_attn):
-            assert torch.equal(attention.q_proj.weight, source.attention.self.query.weight)
-            assert torch.equal(attention.k_proj.weight, source.attention.self.key.weight)
-            assert torch.equal(attention.v_proj.bias, source.attention.self.value.bias)
-            assert torch.equal(attention.out_proj.weight, source.attention.output.dense.weight)
-        assert torch.equal(layer.fc1.weight, source.intermediate.dense.weight)
-        assert torch.equal(layer.fc2.weight, source.output.dense.weight)
+@torch.no_grad()
+def test_base_compares_states_at_the_beginning(base, vocabulary):
+    """Queries and keys are the states times one number; no entity is likelier than any, and nothing begins or goes on."""
+    ids = torch.tensor([pieces_of(vocabulary, TEXT)])
+    states = base.bert(ids).last_hidden_state[0]
+    outputs = base(ids).logits[0]
+    size = states.shape[1]
+    queries, keys, rest = outputs[:, :size], outputs[:, size : 2 * size], outputs[:, 2 * size :]
+    torch.testing.assert_close(queries, keys)
+    torch.testing.assert_close(queries, states * (queries[0, 0] / states[0, 0]))
+    assert rest.shape[1] == 2
+    assert torch.equal(rest, rest[:1].expand_as(rest))
+    assert rest[0, 0] > 0 == rest[0, 1]
 
 
 def test_base_on_disk(base, vocabulary, tmp_path):
-    """Saved, it loads as an encoder-decoder with its embeddings tied, and the decoder begins with the end token."""
-    save_base(base, vocabulary.tokenizer, tmp_path / "base")
+    """Saved, it loads as a tagger that says the same, in bfloat16's precision."""
+    wanted = copy.deepcopy(base).to(torch.bfloat16).to(torch.float32)
+    save_base(copy.deepcopy(base), vocabulary.tokenizer, tmp_path / "base")
     loaded = load_model(tmp_path / "base")
-    assert type(loaded) is type(base)
-    assert loaded.lm_head.weight is loaded.get_input_embeddings().weight is loaded.get_decoder().embed_tokens.weight
-    settings = loaded.generation_config
-    end = vocabulary.tokenizer.eos_token_id
-    assert (settings.decoder_start_token_id, settings.eos_token_id, settings.forced_eos_token_id) == (end, end, None)
-    answer = loaded.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=3)
-    assert answer[0, 0] == end
+    assert is_tagger(loaded.config)
+    ids = torch.tensor([[5, 6, 7]])
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(ids).logits, wanted(ids).logits)
 
 
 @needs_minilm
@@ -229,10 +230,10 @@ def test_base_on_disk(base, vocabulary, tmp_path):
 def test_base_from_minilm_encodes_lower_case_text_as_minilm_does(minilm):
     """Nearly: the cased forms of a piece start a little apart."""
     torch.manual_seed(0)
-    base = seq2seq_from_encoder(minilm.tokenizer, minilm.pieces, Path(str(MINILM)), 3).eval()
+    base = tagger_from_encoder(minilm.tokenizer, minilm.pieces, Path(str(MINILM))).eval()
     encoder, tokenizer = AutoModel.from_pretrained(str(MINILM)).eval(), AutoTokenizer.from_pretrained(str(MINILM))
     for text in ("the president of france met the band in london, they said.", "types: person; place | so ( text )"):
         ids = torch.tensor([ids_of(tokenizer, text)])
         wanted = encoder(input_ids=ids).last_hidden_state
-        found = base.get_encoder()(torch.tensor([ids_of(minilm.tokenizer, f" {text}")])).last_hidden_state
+        found = base.bert(torch.tensor([ids_of(minilm.tokenizer, f" {text}")])).last_hidden_state
         assert cosine_similarity(found, wanted, dim=-1).mean() > 0.99

@@ -1,17 +1,21 @@
 """The written corpus: its format is read exactly, and what is drawn from it never contradicts what was annotated."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spacy_sam.corpora import Record
+from spacy_sam.corpora import Record, read_records
 from spacy_sam.errors import SamError
 from spacy_sam.train.written import Block, is_held_out, make_written, read_blocks
 
-ASSETS = sorted((Path(__file__).parents[1] / "assets" / "written").glob("*/*.txt"))
+ROOT = Path(__file__).parents[1]
+ASSETS = sorted((ROOT / "assets" / "written").glob("*/*.txt"))
 TEXT = """\
 ## harbours | log
 types: ship; port;  cargo
@@ -151,3 +155,44 @@ def test_written_corpus_of_the_project(path):
         assert all(record.entities == tuple(sorted(record.entities)) for record in block.records)
         used = {label for record in block.records for *_, label in record.entities}
         assert len(used) >= 2
+
+
+# The script
+
+
+def run_script(*args: Any) -> "subprocess.CompletedProcess[str]":
+    command = [sys.executable, ROOT / "scripts" / "make_base_corpora.py", *args]
+    return subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False, timeout=280)
+
+
+def test_written_base_corpora(tmp_path):
+    """Drawn by a seed, read as written, and without the held-out subjects, which are the dev set."""
+    folder = tmp_path / "written" / "short"
+    folder.mkdir(parents=True)
+    blocks = "".join(f"## subject {n}\ntypes: x; y\nno. [{n}|x]\n" for n in range(40))
+    write(folder / "a.txt", blocks)
+    for out, seed in (("a", 3), ("b", 3), ("c", 4)):
+        options = ("--n-records", 30, "--written", folder.parent, "--seed", seed)
+        result = run_script(tmp_path / out / "deep", *options)
+        assert result.returncode == 0, result.stdout + result.stderr
+        assert ("written.jsonl", "30") in {tuple(line.split()[:2]) for line in result.stdout.splitlines()}
+    first, same, other = ((tmp_path / out / "deep" / "written.jsonl").read_bytes() for out in "abc")
+    assert first == same != other
+    drawn, dev = (read_records(tmp_path / "a" / "deep" / f"{name}.jsonl") for name in ("written", "written_dev"))
+    seen = {number for record in drawn for number in re.findall(r"\d+", record.text)}
+    assert seen.isdisjoint(record.text.removeprefix("no. ") for record in dev)
+    assert 0 < len(dev) < 10
+    assert {record.labels for record in dev} == {("x", "y")}
+
+
+def test_written_base_corpora_say_what_is_wrong(tmp_path):
+    result = run_script(tmp_path / "out", "--written", tmp_path / "none")
+    assert result.returncode == 1
+    assert "[S606]" in result.stdout
+    folder = tmp_path / "written" / "short"
+    folder.mkdir(parents=True)
+    write(folder / "a.txt", "types: x\n[one|y]\n")
+    result = run_script(tmp_path / "out", "--written", folder.parent)
+    assert result.returncode == 1
+    assert "line 2" in result.stdout
+    assert not (tmp_path / "out").exists()

@@ -10,7 +10,7 @@ from ..bank import ExpertBank
 from ..errors import SamError
 from ..merge.materialise import WeightSwitch
 from ..merge.methods import MergeMethod
-from ..models import auto_model
+from ..models import auto_model, is_tagger
 from ..plan import TaskModelSpec
 from ..prompts import PromptEncoder, make_format
 from ..quiet import quiet_loading
@@ -18,6 +18,7 @@ from . import parallel
 from .batches import Batch, CausalBatch, Seq2SeqBatch, causal_step
 from .constrain import Walk, make_grammar
 from .engine import Completion, Request
+from .tagging import TagEncoder, TagRow, find_tags, tag_batch, tag_logits, write_answer
 
 logger = logging.getLogger("spacy_sam")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -26,11 +27,13 @@ MAX_GUESSES = 10_000  # answers kept at a time, as first guesses of other task m
 
 
 class _Row(NamedTuple):
-    """One request on its way: where its answer goes, the tokens of its body, and its text where a grammar needs it."""
+    """One request on its way: where its answer goes, the tokens of its body, its text where a grammar needs it, and the
+    prompt of a tagger."""
 
     place: int
     body: List[int]
     text: Optional[str] = None
+    tagged: Optional[TagRow] = None
 
 
 class _Group(NamedTuple):
@@ -92,7 +95,8 @@ class TorchEngine:
                 raise SamError("S503", path=source, reason=error) from error
         self.model = model.to(self.device).eval()
         self.encoder = PromptEncoder(tokenizer, make_format(bank.prompt))
-        self.grammar = make_grammar(self.encoder) if constrained else None
+        self.tagger = TagEncoder(self.encoder) if is_tagger(self.model.config) else None
+        self.grammar = make_grammar(self.encoder) if constrained and self.tagger is None else None
         self.parallel = self.grammar is not None and parallel.can_decode(self.model)
         self.entity_bias = bank.entity_bias if entity_bias is None else entity_bias
         self.switch = WeightSwitch(self.model, bank.load_adapter, resolve)
@@ -107,6 +111,8 @@ class TorchEngine:
         return self.encoder.starts(text)
 
     def prompt_length(self, labels: Sequence[str]) -> int:
+        if self.tagger is not None:
+            return self.tagger.prompt_length(labels)
         return len(self.encoder.prefix(labels)) + len(self.encoder.body(""))
 
     def generate(self, requests: Sequence[Request]) -> List[Completion]:
@@ -115,16 +121,23 @@ class TorchEngine:
         requests (Sequence[Request]): In any mixture; those of one task model and label set are run together.
         RETURNS (List[Completion]): In the order given.
         """
-        prefixes = {labels: self.encoder.prefix(labels) for labels in {request.labels for request in requests}}
+        asked = {request.labels for request in requests}
+        prefixes = {labels: [] if self.tagger else self.encoder.prefix(labels) for labels in asked}
         groups: Dict[Tuple[str, Tuple[str, ...]], Tuple[_Group, List[_Row]]] = {}
         for place, request in enumerate(requests):
             group = _Group(request.task_model, request.labels, prefixes[request.labels])
             _, rows = groups.setdefault(group.key, (group, []))
-            rows.append(_Row(place, self.encoder.body(request.text), request.text))
+            rows.append(self._row(place, request))
         done: Dict[int, Completion] = {}
         for group, rows in groups.values():
             done.update(self._run_group(group, rows))
         return [done[place] for place in range(len(requests))]
+
+    def _row(self, place: int, request: Request) -> _Row:
+        if self.tagger is None:
+            return _Row(place, self.encoder.body(request.text), request.text)
+        tagged = self.tagger.row(request.labels, request.text)
+        return _Row(place, tagged.ids, request.text, tagged)
 
     def complete(self, task_model: TaskModelSpec, prompts: Sequence[str]) -> List[Completion]:
         """Complete whole prompts, as other tasks write them, greedily.
@@ -132,8 +145,14 @@ class TorchEngine:
         task_model (TaskModelSpec): The task model.
         prompts (Sequence[str]): Any prompts, each with at least one token.
         RETURNS (List[Completion]): In the order given.
-        RAISES: SamError S505 if the context holds no prompt that long and an answer.
+        RAISES: SamError S505 if the context holds no prompt that long and an answer, S507 if the base is a tagger and a prompt is
+            not in the bank's own format.
         """
+        if self.tagger is not None:
+            asked = [self.tagger.format.read(prompt) for prompt in prompts]
+            if None in asked:
+                raise SamError("S507")
+            return self.generate([Request(task_model, *question) for question in asked if question])
         rows = [_Row(place, self.encoder.whole(prompt)) for place, prompt in enumerate(prompts)]
         longest = max((len(row.body) for row in rows), default=0)
         if longest >= self.context:
@@ -168,8 +187,8 @@ class TorchEngine:
         return stop
 
     def _length(self, row: _Row, n_prefix: int) -> int:
-        """Tokens of a prompt and its longest answer."""
-        return n_prefix + len(row.body) + self._limit(len(row.body), n_prefix)
+        """Tokens of a prompt and its longest answer, of which a tagger has none."""
+        return len(row.body) if self.tagger else n_prefix + len(row.body) + self._limit(len(row.body), n_prefix)
 
     def _limit(self, n_body: int, n_prefix: int) -> int:
         """Tokens an answer may have: entities are copied, so a short text has no long answer."""
@@ -178,6 +197,8 @@ class TorchEngine:
     @torch.inference_mode()
     def _decode(self, group: _Group, batch: List[_Row]) -> List[Completion]:
         """Greedy decoding of one batch; finished rows leave it."""
+        if self.tagger is not None:
+            return self._tag(group.labels, batch)
         if self.parallel and group.labels:
             return self._decode_parallel(group, batch)
         rows = self._open_batch(group, batch)
@@ -205,6 +226,17 @@ class TorchEngine:
             active = [active[place] for place in going_on]
             logits = rows.next(chosen, torch.tensor(going_on, device=self.device) if some else None)
         return [self._completion(t, lp) for t, lp in zip(tokens, logprobs)]
+
+    def _tag(self, labels: Tuple[str, ...], batch: List[_Row]) -> List[Completion]:
+        rows = [row.tagged for row in batch if row.tagged is not None]
+        inputs = tag_batch(rows, self.encoder.tokenizer.pad_token_id)
+        logits = tag_logits(self.model, {name: tensor.to(self.device) for name, tensor in inputs.items()})
+        completions = []
+        for row, request, types, begins in zip(rows, batch, *(part.cpu() for part in logits)):
+            tags = find_tags(types[: len(row.words)], begins[: len(row.words)], self.entity_bias)
+            shown = self.encoder.format.shown(str(request.text))
+            completions.append(write_answer(shown, row, tags, labels))
+        return completions
 
     def _decode_parallel(self, group: _Group, batch: List[_Row]) -> List[Completion]:
         assert self.grammar is not None
@@ -309,6 +341,7 @@ def _resolve_dtype(dtype: Optional[str], device: torch.device) -> torch.dtype:
 
 
 def _end_ids(model: Any, tokenizer: Any) -> Tuple[int, ...]:
-    ids = [tokenizer.eos_token_id, model.generation_config.eos_token_id]
+    generation = getattr(model, "generation_config", None)
+    ids = [tokenizer.eos_token_id, generation.eos_token_id if generation else None]
     flat = [i for item in ids for i in (item if isinstance(item, list) else [item])]
     return tuple(sorted({i for i in flat if i is not None}))

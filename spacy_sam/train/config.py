@@ -30,15 +30,15 @@ class BankSection(Section):
 class BaseSection(Section):
     """Where the base comes from.
 
-    kind "hub": a causal LM or an encoder-decoder by path or hub id (`source`, `revision`), used as it is. "encoder": an
-    encoder-decoder made from an uncased BERT-shaped encoder (`source`; empty for the offline extra's MiniLM), with its
-    word pieces in a cased vocabulary. "random": a small Llama from nothing. The last two are written into the bank, and
-    trained if there are `[base_training.STAGE]` sections.
+    kind "hub": a causal LM or an encoder-decoder by path or hub id (`source`, `revision`), used as it is. "tagger": a tagger made
+    from an uncased BERT-shaped encoder (`source`; empty for the offline extra's MiniLM), with its word pieces in a cased
+    vocabulary. "random": a small Llama from nothing. The last two are written into the bank, and trained if there are
+    `[base_training.STAGE]` sections.
 
     texts: Glob patterns of corpora that the vocabulary is learned from; empty for those of all domains.
     """
 
-    kind: Literal["hub", "encoder", "random"]
+    kind: Literal["hub", "tagger", "random"]
     source: Optional[str] = None
     revision: Optional[str] = None
     texts: List[str] = []
@@ -47,7 +47,6 @@ class BaseSection(Section):
     hidden_size: int = Field(default=256, ge=8)
     n_layers: int = Field(default=4, ge=1)
     n_heads: int = Field(default=4, ge=1)
-    n_decoder_layers: int = Field(default=3, ge=1)
 
 
 class LoraSection(Section):
@@ -68,6 +67,7 @@ class RunSection(Section):
     gradient_accumulation: int = Field(default=1, ge=1)
     bf16: bool = True
     label_weight: float = Field(default=1.0, gt=0)
+    encoder_learning_rate: Optional[float] = Field(default=None, gt=0)
 
     def settings(self, seed: int) -> SftSettings:
         return SftSettings(**self.model_dump(include=set(RunSection.model_fields)), seed=seed)
@@ -76,12 +76,10 @@ class RunSection(Section):
 class BaseRunSection(RunSection):
     """One stage of the base's training.
 
-    corpora: Glob patterns of its texts; empty for the corpora of all domains. constrained: Take the loss over what the
-    format's grammar allows; without it the model also learns to repeat the text, which teaches a new decoder where to look.
+    corpora: Glob patterns of its texts; empty for the corpora of all domains.
     """
 
     corpora: List[str] = []
-    constrained: bool = True
 
 
 class DataSection(Section):

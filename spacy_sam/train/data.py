@@ -3,11 +3,12 @@
 import math
 import random
 from dataclasses import dataclass
-from typing import Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
+from typing import Dict, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Tuple, Union
 
 from ..corpora import Dataset, Entity, Record, load_dataset, read_records
 from ..errors import SamError
 from ..generate.constrain import Grammar
+from ..generate.tagging import TagEncoder, TagRow
 from ..prompts import PromptEncoder
 
 __all__ = ["Dataset", "Example", "Record", "ask", "draw_batches", "encode_example", "load_dataset", "read_records"]
@@ -53,35 +54,65 @@ def rename(
     return [names[label] for label in labels], [(start, end, names[label]) for start, end, label in entities]
 
 
+class Tags(NamedTuple):
+    """A tagger's answer: for each word of the prompt its type (0 for none, else the label's number from 1), and whether it begins
+    an entity."""
+
+    row: TagRow
+    types: Tuple[int, ...]
+    begins: Tuple[int, ...]
+
+
 @dataclass(frozen=True)
 class Example:
-    """A tokenised prompt with its answer: loss is taken on `input_ids[n_prompt:]`.
+    """A tokenised prompt with its answer: loss is taken on `input_ids[n_prompt:]`, or on `tags`.
 
-    labels, text: What was asked, for the grammar of the answer.
+    labels, text: What was asked, for the grammar of the answer. tags: The answer of a tagger, whose `input_ids` are the prompt.
     """
 
     input_ids: List[int]
     n_prompt: int
     labels: Tuple[str, ...] = ()
     text: str = ""
+    tags: Optional[Tags] = None
 
 
 def encode_example(
-    encoder: PromptEncoder,
+    encoder: Union[PromptEncoder, TagEncoder],
     labels: Sequence[str],
     text: str,
     entities: Sequence[Entity],
     grammar: Optional[Grammar] = None,
 ) -> Optional[Example]:
-    """Tokenise one prompt and its answer, end token included. RETURNS: None if the grammar has no such answer."""
+    """Tokenise one prompt and its answer, end token included. RETURNS: None if the grammar or a tagger has no such answer."""
+    if isinstance(encoder, TagEncoder):
+        return _encode_tags(encoder, labels, text, entities)
     prompt = encoder.prefix(labels) + encoder.body(text)
     answer = encoder.answer(text, entities) if grammar is None else grammar.answer(labels, text, entities)
     return Example(prompt + answer, len(prompt), tuple(labels), text) if answer is not None else None
 
 
+def _encode_tags(
+    encoder: TagEncoder, labels: Sequence[str], text: str, entities: Sequence[Entity]
+) -> Optional[Example]:
+    """None if the text has no words, or an entity is not of whole words or overlaps another."""
+    row = encoder.row(labels, text)
+    firsts = {start: word for word, (start, _) in enumerate(row.characters)}
+    lasts = {end: word for word, (_, end) in enumerate(row.characters)}
+    types, begins = [0] * len(row.words), [0] * len(row.words)
+    for start, end, label in entities:
+        first, last = firsts.get(start), lasts.get(end)
+        if first is None or last is None or any(types[first : last + 1]):
+            return None
+        types[first : last + 1] = [labels.index(label) + 1] * (last + 1 - first)
+        begins[first] = 1
+    tags = Tags(row, tuple(types), tuple(begins))
+    return Example(row.ids, len(row.ids), tuple(labels), text, tags) if row.words else None
+
+
 def draw_batches(
     datasets: Sequence[Dataset],
-    encoder: PromptEncoder,
+    encoder: Union[PromptEncoder, TagEncoder],
     *,
     n_batches: int,
     tokens_per_batch: int,

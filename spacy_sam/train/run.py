@@ -15,7 +15,8 @@ from ..bank import BANK_FILE, ExpertBank, write_json
 from ..corpora import Dataset, load_dataset
 from ..errors import SamError
 from ..generate.constrain import make_grammar
-from ..models import auto_model
+from ..generate.tagging import TagEncoder
+from ..models import auto_model, is_tagger
 from ..plan import Centroid, Corpus, Expert
 from ..prompts import PromptEncoder, make_format
 from ..quiet import quiet_loading
@@ -124,7 +125,7 @@ class _Run:
     def _write_untrained_base(self) -> None:
         if (self.out / BASE_DIR / "config.json").is_file():
             return
-        from .base import random_llama, seq2seq_from_encoder
+        from .base import random_llama, tagger_from_encoder
         from .vocab import build_tokenizer, cased_word_pieces
 
         (self.work / STAGES_FILE).unlink(missing_ok=True)  # what they made is gone, if there were any
@@ -133,13 +134,13 @@ class _Run:
         torch.manual_seed(self.config.seed)
         datasets = [load_dataset(path) for path in expand(section.texts)] or self.everything
         texts = (record.text for dataset in datasets for record in dataset.records)
-        if section.kind == "encoder":
+        if section.kind == "tagger":
             source = section.source or offline_encoder_path()
             if source is None:
                 raise SamError("S303", reason="[base] source is empty and the offline extra is not installed")
             marks = make_format(self.prompt).marks
             tokenizer, pieces = cased_word_pieces(texts, Path(source), section.vocab_size, section.context, marks)
-            model: Any = seq2seq_from_encoder(tokenizer, pieces, Path(source), section.n_decoder_layers)
+            model: Any = tagger_from_encoder(tokenizer, pieces, Path(source))
         else:
             tokenizer = build_tokenizer(texts, section.vocab_size, section.context)
             model = random_llama(tokenizer, section.hidden_size, section.n_layers, section.n_heads)
@@ -163,7 +164,7 @@ class _Run:
             self.say(f"Base, stage '{name}': {n_parameters / 1e6:.1f} M parameters, {len(datasets)} corpora")
             work = self.work / BASE_DIR / name
             seed = self.config.seed + number
-            loss = self._fine_tune(model, tokenizer, datasets, run, seed, work, constrained=run.constrained)
+            loss = self._fine_tune(model, tokenizer, datasets, run, seed, work)
             done[name] = {**run.model_dump(exclude={"corpora"}), "loss": loss}
             if self.state.is_main_process:
                 save_base(model, tokenizer, self.out / BASE_DIR)
@@ -193,7 +194,7 @@ class _Run:
             lora_alpha=section.alpha,  # type: ignore[arg-type]  # peft takes floats, too
             target_modules=section.target_modules,
             bias="none",
-            task_type="SEQ_2_SEQ_LM" if base.config.is_encoder_decoder else "CAUSAL_LM",
+            task_type=peft_task(base.config),
         )
         with quiet_loading():
             model = get_peft_model(base, lora)
@@ -230,15 +231,15 @@ class _Run:
         seed: int,
         work: Path,
         *,
-        constrained: bool = True,
         general: Sequence[Dataset] = (),
         general_share: float = 0.0,
     ) -> float:
         encoder = PromptEncoder(tokenizer, make_format(self.prompt))
-        grammar = make_grammar(encoder) if constrained else None
+        is_tagging = is_tagger(model.config)
+        grammar = None if is_tagging else make_grammar(encoder)
         batches = draw_batches(
             datasets,
-            encoder,
+            TagEncoder(encoder) if is_tagging else encoder,
             n_batches=run.max_steps * run.gradient_accumulation * self.state.num_processes,
             tokens_per_batch=run.tokens_per_batch,
             max_length=self.config.data.max_length,
@@ -278,6 +279,13 @@ class _Run:
             prompt=dict(self.prompt),
             centroid=centroid,
         )
+
+
+def peft_task(config: Any) -> Optional[str]:
+    """peft's name for a kind of model. Not TOKEN_CLS for a tagger: that keeps a whole classifier beside the adapter."""
+    if is_tagger(config):
+        return None
+    return "SEQ_2_SEQ_LM" if config.is_encoder_decoder else "CAUSAL_LM"
 
 
 def _silent(message: str) -> None:

@@ -7,17 +7,19 @@ import time
 from array import array
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence
+from typing import Any, Dict, List, Optional, Sequence, Tuple, Type
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset as TorchDataset
-from transformers import TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from ..errors import SamError
 from ..generate.constrain import Grammar
+from ..models import is_tagger
 from .data import IGNORED, Example
 from .loss import GrammarTrainer, choices
+from .tagging import TagCollator, TagTrainer
 
 logger = logging.getLogger("spacy_sam")
 
@@ -27,6 +29,8 @@ class SftSettings:
     """What decides the result of one run; a checkpoint is only continued under the same settings.
 
     label_weight: What the choice of a label counts for in the loss under a grammar, where other decisions count 1.
+    encoder_learning_rate: That of the encoder and embeddings of an encoder-decoder or a tagger, where it is not `learning_rate`:
+        a pretrained encoder forgets what words mean at the rate that a new decoder or classifier needs.
     """
 
     max_steps: int
@@ -38,6 +42,7 @@ class SftSettings:
     gradient_accumulation: int = 1
     bf16: bool = True
     label_weight: float = 1.0
+    encoder_learning_rate: Optional[float] = None
     seed: int = 0
 
 
@@ -136,15 +141,16 @@ def fine_tune(
 ) -> float:
     """Train `model` in place on the schedule; continue from the last checkpoint in `work` if there is one.
 
-    model: A causal LM or an encoder-decoder, or a PeftModel around one.
+    model: A causal LM, an encoder-decoder or a tagger, or a PeftModel around one.
     tokenizer: Its tokenizer, with a pad token.
     batches (Sequence[List[Example]]): One micro-batch for each step and accumulation.
     work (Path): Folder for checkpoints (not the result).
     settings (SftSettings): Hyper-parameters.
     grammar (Optional[Grammar]): Takes the loss over what it allows; None for the whole vocabulary.
     RETURNS (float): Mean training loss, that of the steps before the checkpoint included.
-    RAISES: SamError S605 if `work` holds a run with other settings or batches.
+    RAISES: SamError S605 if `work` holds a run with other settings or batches, S607 if an encoder's rate is set for a causal LM.
     """
+    optimizer = _optimizer(model, settings)
     _check_same_run(work, settings, batches)
     args = TrainingArguments(
         output_dir=str(work),
@@ -169,15 +175,16 @@ def fine_tune(
         remove_unused_columns=False,
         dataloader_pin_memory=False,
     )
-    collator = Seq2SeqCollator if model.config.is_encoder_decoder else Collator
-    trainer = GrammarTrainer(
+    trainer_class, collator = _parts(model, tokenizer.pad_token_id, grammar, settings)
+    trainer = trainer_class(
         model=model,
         args=args,
-        data_collator=collator(tokenizer.pad_token_id, grammar, settings.label_weight),
+        data_collator=collator,
         train_dataset=Schedule(batches),
         callbacks=[SaveEvery(save_minutes)],
+        optimizers=(optimizer, None),
     )
-    if grammar is not None or model.config.is_encoder_decoder:
+    if grammar is not None or model.config.is_encoder_decoder or is_tagger(model.config):
         # The loss is the mean of a micro-batch: BART takes Trainer's count of tokens, and does not look at it.
         trainer.model_accepts_loss_kwargs = False
     checkpoint = last_checkpoint(work)
@@ -185,6 +192,39 @@ def fine_tune(
         logger.info("Continuing from %s", checkpoint)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     return _mean_loss(trainer.state.log_history)
+
+
+def _parts(model: Any, pad_id: int, grammar: Optional[Grammar], settings: SftSettings) -> Tuple[Type[Trainer], Any]:
+    """The trainer and the collator for a kind of model."""
+    if is_tagger(model.config):
+        return TagTrainer, TagCollator(pad_id)
+    collator = Seq2SeqCollator if model.config.is_encoder_decoder else Collator
+    return GrammarTrainer, collator(pad_id, grammar, settings.label_weight)
+
+
+def _optimizer(model: Any, settings: SftSettings) -> Optional[torch.optim.Optimizer]:
+    """AdamW with another rate for the encoder and the embeddings; None where Trainer's own will do. RAISES: SamError S607."""
+    if settings.encoder_learning_rate is None:
+        return None
+    inside = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if is_tagger(inside.config):
+        parts = [inside.base_model]
+    elif inside.config.is_encoder_decoder:
+        parts = [inside.get_encoder(), inside.get_input_embeddings()]
+    else:
+        raise SamError("S607", kind=type(inside).__name__)
+    slow = {id(parameter) for part in parts for parameter in part.parameters()}
+    groups: Dict[Tuple[bool, bool], List[torch.nn.Parameter]] = {}
+    for parameter in (p for p in model.parameters() if p.requires_grad):
+        groups.setdefault((id(parameter) in slow, parameter.ndim > 1), []).append(parameter)
+    return torch.optim.AdamW(
+        {
+            "params": parameters,
+            "lr": settings.encoder_learning_rate if is_slow else settings.learning_rate,
+            "weight_decay": settings.weight_decay if decays else 0.0,
+        }
+        for (is_slow, decays), parameters in groups.items()
+    )
 
 
 def last_checkpoint(work: Path) -> Optional[Path]:
@@ -229,4 +269,6 @@ def _hash_batches(batches: Sequence[List[Example]]) -> str:
     digest = hashlib.sha256()
     for example in (example for batch in batches for example in batch):
         digest.update(array("q", [example.n_prompt, len(example.input_ids), *example.input_ids]).tobytes())
+        if example.tags is not None:
+            digest.update(array("q", [*example.tags.types, *example.tags.begins]).tobytes())
     return digest.hexdigest()[:16]

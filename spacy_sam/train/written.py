@@ -5,18 +5,18 @@ types: grape variety; winery; harvest month
 [Cascina Fontana|winery] picked its [Nebbiolo|grape variety] in late [October|harvest month].
 """
 
+import json
 import random
 import re
 import zlib
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Iterable, Iterator, List, Sequence, Set, Tuple
 
 from ..corpora import Entity, Record, read_lines
 from ..errors import SamError
-from .silver import SilverRecord
 
 HEAD, TYPES = "## ", "types:"
 MARK = re.compile(r"\[([^\[\]|]*)\|([^\[\]|]*)\]")
@@ -96,7 +96,7 @@ def _record(line: str, types: Tuple[str, ...]) -> Record:
     return Record(text, tuple(entities), types)
 
 
-def make_written(blocks: Sequence[Block], n_records: int, seed: int) -> Iterator[SilverRecord]:
+def make_written(blocks: Sequence[Block], n_records: int, seed: int) -> Iterator[Record]:
     """Draw what is asked of which sentences: alone or a few of a block together, all of its types, some, or absent ones.
 
     Absent types are the block's own, which were looked for, or rare ones of other blocks, which no sentence here is likely to
@@ -105,7 +105,7 @@ def make_written(blocks: Sequence[Block], n_records: int, seed: int) -> Iterator
     blocks (Sequence[Block]): At least one.
     n_records (int): How many records to make.
     seed (int): The same seed and blocks make the same records.
-    RETURNS (Iterator[SilverRecord]): The records, one by one.
+    RETURNS (Iterator[Record]): The records, one by one.
     RAISES: SamError S606 if there are no blocks.
     """
     if not blocks:
@@ -118,7 +118,19 @@ def is_held_out(block: Block) -> bool:
     return zlib.crc32(block.subject.split("|")[0].strip().encode()) % HELD_OUT == 0
 
 
-def _endless(blocks: Sequence[Block], rng: random.Random) -> Iterator[SilverRecord]:
+def held_out_records(blocks: Iterable[Block]) -> Iterator[Record]:
+    """The dev set: the sentences of held-out blocks, each asked all types of its block."""
+    return (record for block in blocks if is_held_out(block) for record in block.records)
+
+
+def write_records(records: Iterable[Record], path: Path) -> None:
+    """Write records as JSONL: `{"text", "entities": [[start, end, label], ...], "labels": [...]}`."""
+    with path.open("w", encoding="utf8") as file:
+        for record in records:
+            file.write(json.dumps(asdict(record), ensure_ascii=False) + "\n")
+
+
+def _endless(blocks: Sequence[Block], rng: random.Random) -> Iterator[Record]:
     seen = Counter(name for block in blocks for name in block.types)
     rare = [(name, block) for block in blocks for name in block.types if seen[name] == 1]
     while True:
@@ -159,7 +171,7 @@ def _asked(types: Sequence[str], present: Set[str], foreign: Sequence[str], rng:
     return rng.sample(asked, len(asked))
 
 
-def _written_differently(record: Record, labels: Sequence[str], rng: random.Random) -> SilverRecord:
+def _written_differently(record: Record, labels: Sequence[str], rng: random.Random) -> Record:
     """With other letter case in some texts and all type names of some prompts, as users write them."""
     name = rng.choices((str, str.capitalize, str.title, _constant), NAME_CASES)[0]
     names = {label: name(label) for label in labels}
@@ -168,7 +180,7 @@ def _written_differently(record: Record, labels: Sequence[str], rng: random.Rand
     text = rng.choices((str, str.lower, str.upper), TEXT_CASES)[0](record.text)
     text = text if len(text) == len(record.text) else record.text
     entities = tuple((start, end, names[label]) for start, end, label in record.entities if label in names)
-    return SilverRecord(text, entities, tuple(names[label] for label in labels))
+    return Record(text, entities, tuple(names[label] for label in labels))
 
 
 def _constant(name: str) -> str:

@@ -1,0 +1,177 @@
+"""Taggers: bidirectional encoders that make every decision of an inline answer in one pass.
+
+The prompt is that of generation: the types and the text, read together. A word is compared with the types by the states of
+their tokens, as in GLiNER (Zaratiana et al. 2024, arXiv 2311.08526), here word by word: the model is a plain
+`...ForTokenClassification` whose outputs are, for each token, a query (what the word is), a key (what the name means), the
+logit of no entity and that of beginning one. What is found is written as an inline answer, which is read like any other.
+"""
+
+import itertools
+import math
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+from torch.nn.utils.rnn import pad_sequence
+
+from ..errors import SamError
+from ..prompts import InlineFormat, PromptEncoder, ends_word
+from .constrain import InlineGrammar
+from .engine import Completion
+
+Spans = List[Tuple[int, int]]
+N_SINGLE = 2  # outputs that are no part of a query or key: no entity, and beginning one
+
+
+class TagRow(NamedTuple):
+    """A prompt with places: its token ids, the tokens of each type's name, the tokens of each word, and its characters."""
+
+    ids: List[int]
+    labels: Spans
+    words: Spans
+    characters: Spans
+
+
+class Tag(NamedTuple):
+    """An entity: its first and last word, its type's place among those asked, and its score between 0 and 1."""
+
+    first: int
+    last: int
+    label: int
+    score: float
+
+
+class TagEncoder:
+    """Tokenises types and text for a tagger."""
+
+    def __init__(self, encoder: PromptEncoder) -> None:
+        """encoder: Of an inline format, which has the words. RAISES: SamError S506 for another format."""
+        if not isinstance(encoder.format, InlineFormat):
+            raise SamError("S506", name=encoder.format.name, needed=InlineFormat.name)
+        self.encoder = encoder
+        self.format = encoder.format
+        self.grammar = InlineGrammar(encoder)
+        self._start = encoder.whole(f"{encoder.format.instruction}Types:")
+        self._between, self._end = encoder.plain(";"), encoder.plain("\nText:")
+        self._names: Dict[str, List[int]] = {}
+
+    def prompt_length(self, labels: Sequence[str]) -> int:
+        """Tokens of a prompt for these labels with an empty text."""
+        return len(self.row(labels, "").ids)
+
+    def row(self, labels: Sequence[str], text: str) -> TagRow:
+        """The prompt of a request."""
+        ids, names = list(self._start), []
+        for number, label in enumerate(labels):
+            name = self._name(label)
+            ids += self._between if number else []
+            names.append((len(ids), len(ids) + len(name)))
+            ids += name
+        ids += self._end
+        source = self.grammar.source(text)
+        words, characters = [], []
+        begin: Optional[int] = None
+        for at, (start, end, is_end) in enumerate(zip(source.starts, source.ends, source.ends_word)):
+            if begin is None and start < end:
+                begin = at
+            if is_end and begin is not None:
+                words.append((len(ids) + begin, len(ids) + at + 1))
+                characters.append((source.starts[begin], end))
+                begin = None
+        return TagRow([*ids, *source.tokens], names, words, characters)
+
+    def _name(self, label: str) -> List[int]:
+        if label not in self._names:
+            self._names[label] = self.encoder.plain(f" {label}")
+        return self._names[label]
+
+
+def tag_batch(rows: Sequence[TagRow], pad_id: int) -> Dict[str, Tensor]:
+    """Rows as tensors, padded on the right.
+
+    RETURNS (Dict[str, Tensor]): "input_ids" and "attention_mask" [rows, length]; "words" [rows, most words, 2] and "names"
+        [rows, most labels, 2], the begin and end tokens of each, -1 for none.
+    """
+    ids = [torch.tensor(row.ids) for row in rows]
+    lengths = torch.tensor([len(row.ids) for row in rows])
+    input_ids = pad_sequence(ids, batch_first=True, padding_value=pad_id)
+    return {
+        "input_ids": input_ids,
+        "attention_mask": (torch.arange(input_ids.shape[1]) < lengths[:, None]).long(),
+        "words": _padded([row.words for row in rows]),
+        "names": _padded([row.labels for row in rows]),
+    }
+
+
+def _padded(spans: Sequence[Spans]) -> Tensor:
+    rows = [torch.tensor(row, dtype=torch.long).reshape(-1, 2) for row in spans]
+    return pad_sequence(rows, batch_first=True, padding_value=-1)
+
+
+def tag_logits(model: Any, batch: Dict[str, Tensor]) -> Tuple[Tensor, Tensor]:
+    """What a tagger says of each word.
+
+    model (Any): A token classification model of 2 * d + 2 outputs. batch (Dict[str, Tensor]): See `tag_batch`.
+    RETURNS (Tuple[Tensor, Tensor]): Logits of no entity and of each type [rows, words, 1 + labels], -inf for types that are not
+        there; logits of beginning an entity and not going on with one [rows, words]. float32.
+    """
+    outputs = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.float()
+    sums = pad(outputs.cumsum(1), (0, 0, 1, 0))
+    words, names = _means(sums, batch["words"]), _means(sums, batch["names"])
+    size = (outputs.shape[-1] - N_SINGLE) // 2
+    types = words[..., :size] @ names[..., size : 2 * size].transpose(1, 2)
+    types = types.masked_fill(batch["names"][:, None, :, 0] < 0, float("-inf"))
+    return torch.cat([words[..., -2:-1], types], dim=-1), words[..., -1]
+
+
+def _means(sums: Tensor, spans: Tensor) -> Tensor:
+    """Means over spans [rows, spans, 2] of what `sums` [rows, length + 1, size] adds up."""
+    begins, ends = spans.clamp_min(0).unbind(-1)
+    rows = torch.arange(len(spans), device=sums.device)[:, None]
+    return (sums[rows, ends] - sums[rows, begins]) / (ends - begins).clamp_min(1)[..., None]
+
+
+def find_tags(types: Tensor, begins: Tensor, entity_bias: float = 0.0) -> List[Tag]:
+    """The entities of one text, greedily: runs of words that are rather of some type than none, cut where a word begins anew.
+
+    A run has the type with the highest mean logit. Its score is the probability of that type, given that it is an entity, times
+    the geometric mean of the probabilities that its words are in one.
+
+    types (Tensor): [words, 1 + labels], the first column for no entity. begins (Tensor): [words].
+    entity_bias (float): Added to the logit of every type where it is decided whether there is an entity, not to scores.
+    RETURNS (List[Tag]): In order, apart from each other.
+    """
+    inside = types.log_softmax(-1)[:, 1:].logsumexp(-1)
+    is_entity = (types[:, 1:].logsumexp(-1) + entity_bias > types[:, 0]).tolist()
+    is_begin = (begins > 0).tolist()
+    runs: List[List[int]] = []
+    for word, is_marked in enumerate(is_entity):
+        if is_marked and (is_begin[word] or not word or not is_entity[word - 1]):
+            runs.append([word])
+        elif is_marked:
+            runs[-1].append(word)
+    tags = []
+    for run in runs:
+        of_type = types[run, 1:].mean(0).log_softmax(-1)
+        label = int(of_type.argmax())
+        score = math.exp(min(float(of_type[label]) + float(inside[run].mean()), 0.0))
+        tags.append(Tag(run[0], run[-1], label, score))
+    return tags
+
+
+def write_answer(shown: str, row: TagRow, tags: Sequence[Tag], labels: Sequence[str]) -> Completion:
+    """An inline answer with these entities. What a parser takes for an entity, from the mark before it on, has its score."""
+    pieces: List[Tuple[str, float]] = []
+    before, done = " ", 0
+    for tag in tags:
+        score = math.log(max(tag.score, 1e-9))
+        start, end = row.characters[tag.first][0], row.characters[tag.last][1]
+        ends = [at for at in range(start + 1, end + 1) if ends_word(shown, at)]
+        pieces.append((f"{before}{shown[done : ends[0]]}⟨ {labels[tag.label]}⟩", score))
+        pieces += [(f"{shown[one:next_]}¦", score) for one, next_ in itertools.pairwise(ends)]
+        before, done = "", ends[-1]
+    pieces.append((before + shown[done:], 0.0))
+    text = "".join(piece for piece, _ in pieces)
+    piece_ends = itertools.accumulate(len(piece) for piece, _ in pieces)
+    return Completion(text, tuple(score for _, score in pieces), tuple(piece_ends), True)
