@@ -74,8 +74,9 @@ class TorchEngine:
         tokens_per_batch (int): Rows times length of a batch, padding and answers included; halved when memory runs out.
         local_files_only (bool): Never ask a hub, even for a base that is named by a hub id.
         constrained (bool): Keep answers to the grammar of the bank's format, if it has one.
-        entity_bias (Optional[float]): Added to the logit of beginning an entity, under a grammar: more finds more entities and
-            more wrong ones. None for the bank's own, which was chosen on its dev sets. Scores are without it.
+        entity_bias (Optional[float]): Added to the logit of beginning an entity, under a grammar, or to that of every word, in a
+            tagger: more finds more entities and more wrong ones. None for the bank's own, which was chosen on its dev
+            sets. Scores are without it.
         RAISES: SamError S501 to S503 if device, dtype or base cannot be used; S110 if the base was changed.
         """
         from transformers import AutoTokenizer
@@ -106,6 +107,11 @@ class TorchEngine:
         self.end_ids = _end_ids(self.model, tokenizer)
         self._prefixes: Dict[Tuple[str, Tuple[str, ...]], Any] = {}
         self._guesses: Dict[Tuple[Tuple[str, ...], str], parallel.Marks] = {}
+
+    @property
+    def has_entity_bias(self) -> bool:
+        """Whether `entity_bias` decides anything: under a grammar, and with a tagger."""
+        return self.grammar is not None or self.tagger is not None
 
     def token_starts(self, text: str) -> List[int]:
         return self.encoder.starts(text)

@@ -62,14 +62,14 @@ class _Scorer:
         return self._results[key]
 
     def choose_bias(self, domains: Dict[str, List[Dataset]], report: Callable[[str], None]) -> None:
-        """The one of ENTITY_BIASES with the best mean F1 goes into the bank. Nothing where no grammar uses it."""
+        """The one of ENTITY_BIASES with the best mean F1 goes into the bank. Nothing where answers are free."""
         engine = self.component.parts.annotator.engine
-        if getattr(engine, "grammar", None) is None:
+        if not getattr(engine, "has_entity_bias", False):
             return
         pairs = [(card.name, dataset) for card in self.bank.experts for dataset in domains.get(card.name, [])]
         means: Dict[float, float] = {}
         for bias in ENTITY_BIASES:
-            engine.entity_bias = self._bias = bias  # type: ignore[attr-defined]  # only one with a grammar comes here
+            engine.entity_bias = self._bias = bias  # type: ignore[attr-defined]  # only one that has it comes here
             means[bias] = sum(self(name, dataset).f for name, dataset in pairs) / len(pairs)
             report(f"Entity bias {bias}: mean F1 {means[bias]:.3f}")
         best = max(means, key=lambda bias: means[bias])
