@@ -1,4 +1,4 @@
-"""Milliseconds for one text of 30 words on one core, and for batches on several, decoding in parallel and a token at a time.
+"""Milliseconds for one text of 30 words on one core, and for batches on several, beside one pass of the sentence encoder.
 
 Example: python -m benchmarks.latency
 """
@@ -17,6 +17,7 @@ from spacy_sam import evaluate as ev
 from spacy_sam.demo import MEDICINE, POLITICS
 from spacy_sam.plan import Plan, TaskModelSpec
 from spacy_sam.registered import make_ties
+from spacy_sam.select.encoder import SentenceEncoder
 from spacy_sam.settings import DENSITY, SCALE
 
 LABELS = ["person", "organization", "location", "disease", "chemical"]
@@ -33,12 +34,10 @@ def texts(count: int) -> List[str]:
     return [" ".join(" ".join(found).split()[:N_WORDS]) for found in itertools.islice(chosen, count)]
 
 
-def measure(
-    bank: Optional[Path], dtype: str, parallel: bool, models: Sequence[Sequence[str]], threads: int
-) -> Dict[str, float]:
+def measure(bank: Optional[Path], dtype: str, models: Sequence[Sequence[str]], threads: int) -> Dict[str, float]:
     """Median milliseconds a text: one by one on one core, and all at once on `threads`.
 
-    bank (Optional[Path]): The bank; None for the bundled one. dtype: Of the task models. parallel: How answers are decoded.
+    bank (Optional[Path]): The bank; None for the bundled one. dtype: Of the task models.
     models (Sequence[Sequence[str]]): Experts of each task model of the plan.
     """
     nlp, component = ev.make_pipeline(bank, LABELS, engine={"@misc": "spacy_sam.TorchEngine.v1", "dtype": dtype})
@@ -49,7 +48,6 @@ def measure(
     )
     hashes = {name: opened.adapter_hash(name) for names in models for name in names}
     plan = Plan(opened.base_hash, specs, hashes)
-    component.parts.annotator.engine.parallel = parallel  # type: ignore[attr-defined]
     warm, *single = texts(N_TEXTS + 1)
     torch.set_num_threads(1)
     list(component.pipe([nlp.make_doc(warm)], plan=plan))
@@ -65,6 +63,20 @@ def measure(
     return {"one": 1000 * statistics.median(times), "slowest": 1000 * max(times), "batch": 1000 * whole}
 
 
+def measure_encoder() -> float:
+    """The baseline: median milliseconds of the sentence encoder for one text on one core."""
+    encoder = SentenceEncoder()
+    torch.set_num_threads(1)
+    warm, *single = texts(N_TEXTS + 1)
+    encoder([warm])
+    times = []
+    for text in single:
+        start = time.perf_counter()
+        encoder([text])
+        times.append(time.perf_counter() - start)
+    return 1000 * statistics.median(times)
+
+
 def main(
     bank: Optional[Path] = typer.Option(None, help="Bank folder; the bundled one by default."),
     threads: int = typer.Option(2, help="Cores for batches."),
@@ -78,14 +90,13 @@ def main(
     }
     for title, models in plans.items():
         for dtype in ("float32", "bfloat16"):
-            for parallel in (True, False):
-                way = "in parallel" if parallel else "token by token"
-                for key, value in measure(bank, dtype, parallel, models, threads).items():
-                    figures[f"{title}/{dtype}/{way}/{key}"] = round(value, 1)
-                print(title, dtype, way, {k: v for k, v in figures.items() if k.startswith(f"{title}/{dtype}/{way}")})
-    for title in plans:
-        slow, fast = (figures[f"{title}/float32/{way}/one"] for way in ("token by token", "in parallel"))
-        figures[f"{title}/speed-up"] = round(slow / fast, 2)
+            for key, value in measure(bank, dtype, models, threads).items():
+                figures[f"{title}/{dtype}/{key}"] = round(value, 1)
+            print(title, dtype, {key: value for key, value in figures.items() if key.startswith(f"{title}/{dtype}")})
+    figures["sentence encoder/one"] = round(measure_encoder(), 1)
+    figures["one task model/encoder"] = round(
+        figures["one task model/float32/one"] / figures["sentence encoder/one"], 2
+    )
     print(write_results(name, figures, unit="ms a text", n_words=N_WORDS, labels=LABELS, threads=threads))
 
 

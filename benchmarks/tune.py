@@ -23,11 +23,11 @@ from spacy_sam.select.base import SelectionContext
 from spacy_sam.settings import DENSITY, SCALE
 
 MERGES = {
-    **{f"TIES, density {d}, scale {s}": make_ties(d, s) for d in (0.2, 0.5, 1.0) for s in (0.3, 0.5, 0.7, 1.0)},
+    **{f"TIES, density {d}, scale {s}": make_ties(d, s) for d in (0.2, 0.5, 1.0) for s in (0.3, 0.5, 0.7)},
     **{f"mean, scale {s}": make_mean(s) for s in (0.5, 0.7, 1.0, 1.4)},
 }
 
-TEMPERATURES = (0.02, 0.05, 0.1)  # of the softmax over similarities
+TEMPERATURES = (0.05, 0.1, 0.2, 0.5)  # of the softmax over similarities
 
 
 class Without:
@@ -70,10 +70,10 @@ def scan(places: List[r.Situation], rows: Dict[str, Any]) -> Dict[str, Dict[str,
 
 def selection_rows() -> Dict[str, Any]:
     rows: Dict[str, Any] = {"first by similarity": r.sam(1, [0]), "first by mean rank": r.eco(1)}
-    rows |= {f"{n} experts": r.eco(n) for n in (2, 3, 4)}
+    rows |= {f"{n} experts": r.eco(n) for n in (2, 3, 4, 5)}
     rows |= {f"weighted, temperature {t}": r.weighted(t) for t in TEMPERATURES}
     rows |= {f"weighted mean, temperature {t}": r.weighted(t, make_mean(1.0)) for t in TEMPERATURES}
-    return {**rows, "SaM": r.sam()}
+    return {**rows, "SaM": r.sam(), "adaptive": r.adaptive()}
 
 
 def main(

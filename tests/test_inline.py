@@ -146,3 +146,17 @@ def test_inline_unfinished_answer_keeps_what_is_closed():
     found, annotator = find("Oslo and Rome", " Oslo⟨ city⟩ and Rome⟨ ci", finished=False)
     assert found == [(0, 4, "city")]
     assert annotator.counts.unfinished == 1
+
+
+@given(st.lists(st.text(st.characters(codec="utf-8", exclude_characters=";"), min_size=1), min_size=1), st.text())
+def test_inline_prompts_are_read_back(labels, text):
+    """For models that answer no other prompts: what was asked, of the text as it is shown."""
+    labels = list(dict.fromkeys(" ".join(label.split()) or "x" for label in labels))
+    prompt_format = InlineFormat("Do this:\n")
+    prompt = prompt_format.prefix(labels) + prompt_format.body(text)
+    assert prompt_format.read(prompt) == (tuple(labels), prompt_format.shown(text))
+
+
+@pytest.mark.parametrize("prompt", ["", "Write a poem.\n", "Types: a; b\n", "Types: a\nText: b", "Types: a\nText: b\nc\n"])
+def test_inline_other_prompts_are_not_read(prompt):
+    assert FORMAT.read(prompt) is None
