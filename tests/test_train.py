@@ -229,7 +229,7 @@ def test_train_tagger_bank(config, tiny_encoder_path, tmp_path):
     model = load_model(bank.base[0])
     assert is_tagger(model.config)
     assert len(model.bert.encoder.layer) == 4
-    assert 0 < bank.details["base_training"]["all"]["loss"] < 20
+    assert 0 < bank.details["base_training"]["all"]["loss"] < 100
     matrices = bank.load_adapter("cooking").matrices
     assert set(matrices) <= set(dict(model.named_parameters()))
     changed = ("bert.encoder.layer.3.attention.self.query", "bert.encoder.layer.0.output.dense", "classifier")
