@@ -23,8 +23,8 @@ from spacy_sam.select.base import SelectionContext
 from spacy_sam.settings import DENSITY, SCALE
 
 MERGES = {
-    **{f"TIES, density {d}, scale {s}": make_ties(d, s) for d in (0.2, 0.5, 1.0) for s in (0.3, 0.5, 0.7)},
-    **{f"mean, scale {s}": make_mean(s) for s in (0.5, 0.7, 1.0, 1.4)},
+    **{f"TIES, density {d}, scale {s}": make_ties(d, s) for d in (0.2, 0.5, 1.0) for s in (0.7, 1.0, 1.4, 2.0)},
+    **{f"mean, scale {s}": make_mean(s) for s in (0.7, 1.0, 1.4, 2.0)},
 }
 
 TEMPERATURES = (0.05, 0.1, 0.2, 0.5)  # of the softmax over similarities

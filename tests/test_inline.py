@@ -157,6 +157,8 @@ def test_inline_prompts_are_read_back(labels, text):
     assert prompt_format.read(prompt) == (tuple(labels), prompt_format.shown(text))
 
 
-@pytest.mark.parametrize("prompt", ["", "Write a poem.\n", "Types: a; b\n", "Types: a\nText: b", "Types: a\nText: b\nc\n"])
+@pytest.mark.parametrize(
+    "prompt", ["", "Write a poem.\n", "Types: a; b\n", "Types: a\nText: b", "Types: a\nText: b\nc\n"]
+)
 def test_inline_other_prompts_are_not_read(prompt):
     assert FORMAT.read(prompt) is None
