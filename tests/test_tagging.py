@@ -205,6 +205,12 @@ def test_tagging_finds_nothing_that_is_not_in_the_text(bank):
     assert (annotator.counts.dropped, annotator.counts.malformed, annotator.counts.unfinished) == (0, 0, 0)
 
 
+def test_tagging_engine_has_an_entity_bias(bank, tiny_bank_path):
+    """So training chooses one on the dev sets; free answers have none."""
+    assert make_engine(bank).has_entity_bias
+    assert not make_engine(ExpertBank(tiny_bank_path)).has_entity_bias
+
+
 def test_tagging_completes_prompts_of_its_own_format_only(bank):
     engine, encoder = make_engine(bank, entity_bias=1.0), InlineFormat()
     prompts = [encoder.prefix(LABELS) + encoder.body(text) for text in TEXTS]
