@@ -1,6 +1,7 @@
 """One batch on its way through a transformers model, a step at a time: causal models and encoder-decoders."""
 
 import copy
+import inspect
 from typing import Any, List, Optional, Protocol, Sequence, Tuple
 
 import torch
@@ -53,9 +54,9 @@ def causal_step(model: Any, ids: Tensor, mask: Tensor, positions: Tensor, cache:
         input_ids=ids,
         attention_mask=mask,
         position_ids=positions,
-        past_key_values=cache,
         use_cache=True,
         logits_to_keep=1,
+        **{cache_argument(model): cache},
     )
     return output.logits[:, -1].float()
 
@@ -88,10 +89,15 @@ class Seq2SeqBatch:
             encoder_outputs=self.encoded,
             attention_mask=self.mask,
             decoder_input_ids=tokens[:, None],
-            past_key_values=self.cache,
             use_cache=True,
+            **{cache_argument(self.model): self.cache},
         )
         return output.logits[:, -1].float()
+
+
+def cache_argument(model: Any) -> str:
+    """The name by which a model takes its cache: "cache" from transformers 5.24 on, where the old name is deprecated."""
+    return "cache" if "cache" in inspect.signature(type(model).forward).parameters else "past_key_values"
 
 
 def decoder_start(model: Any) -> Any:
