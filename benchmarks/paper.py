@@ -19,8 +19,8 @@ from benchmarks.norms import matched_methods
 from benchmarks.predictions import Predictions, Target, bootstrap, f1, read_target
 from benchmarks.results_page import write_page
 from spacy_sam import evaluate as ev
-from spacy_sam.registered import make_ties
-from spacy_sam.settings import DENSITY, SCALE
+from spacy_sam.registered import make_mean, make_ties
+from spacy_sam.settings import DENSITY, LEAD, SCALE
 
 SEEDS = (0, 1, 2)
 N_DRAWS = 1000
@@ -137,7 +137,8 @@ def source_domains(predictions: Predictions, data: Path, limit: int, merge: Any)
             "unified": r.one("unified"),
             "SaM, one expert": r.sam(1),
             "SaM": r.sam(3),
-            "weighted": r.weighted(),
+            "SaM, lead": r.sam(3, lead=LEAD),
+            "weighted": r.weighted(merge=make_mean(1.0)),
         }
         found[target.name] = {name: at.f1(choose(at)) for name, choose in choices.items()}
         print(target.name, found[target.name], flush=True)
@@ -156,7 +157,10 @@ def figures(table: Dict[str, Any], predictions: Predictions) -> Dict[str, float]
         "eco/sam": mean["SaM-eco"] / mean["SaM"],
         "adaptive/fixed": mean["adaptive"] / mean["SaM"],
         "adaptive/unified": mean["adaptive"] / mean["unified"],
+        "lead/sam": mean["SaM, lead"] / mean["SaM"],
         "weighted/sam": mean["weighted"] / mean["SaM"],
+        "weighted/unified": mean["weighted"] / mean["unified"],
+        "weighted/selector_best_single": mean["weighted"] / mean["first by mean rank"],
     }
     if "best of at most three (oracle)" in mean:
         found["sam/oracle_subset"] = mean["SaM"] / mean["best of at most three (oracle)"]

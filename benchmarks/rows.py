@@ -3,16 +3,17 @@
 import random
 from dataclasses import dataclass
 from itertools import combinations
-from typing import Any, Callable, Dict, List, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
 
 from benchmarks.predictions import Predictions, Target, f1, tallies
 from spacy_sam.plan import Plan, Selection, TaskModelSpec
-from spacy_sam.registered import make_adaptive, make_domain_similarity, make_sampling_evaluation
+from spacy_sam.registered import make_adaptive, make_domain_similarity, make_mean, make_sampling_evaluation
 from spacy_sam.select.base import SelectionContext
-from spacy_sam.select.strategies import mean_rank
+from spacy_sam.select.strategies import mean_rank, standing_alone
 from spacy_sam.select.weighted import softmax_shares
+from spacy_sam.settings import LEAD, TEMPERATURE
 
 LOOK_AHEAD = 100  # texts that similarity sees: the component's default
 SAMPLE_SIZE = 10  # texts that the experts annotate: the paper's and the default
@@ -86,11 +87,17 @@ def sam(
     look_ahead: int = LOOK_AHEAD,
     sample_size: int = SAMPLE_SIZE,
     merge: Any = None,
+    lead: Optional[float] = None,
 ) -> Callable[[Situation], Choice]:
-    """A task model of each chosen ranking's best (0: similarity, 1: sampling); equal ones are run once."""
+    """A task model of each chosen ranking's best (0: similarity, 1: sampling); equal ones are run once.
+
+    lead (Optional[float]): An expert that is ahead by so much in the first ranking stands alone.
+    """
 
     def choose(at: Situation) -> Choice:
         selections = [at.selections(look_ahead, sample_size)[number] for number in which]
+        if alone := standing_alone(selections[0], lead):
+            return Choice((at.spec(alone),))
         best = dict.fromkeys(tuple(sorted(name for name, _ in s.scores[:n_experts])) for s in selections)
         return Choice(tuple(at.spec(experts, merge) for experts in best), min(agree, len(best)))
 
@@ -101,7 +108,9 @@ def eco(n_experts: int = 3, merge: Any = None) -> Callable[[Situation], Choice]:
     return lambda at: Choice((at.spec(mean_rank(at.selections())[:n_experts], merge),))
 
 
-def weighted(temperature: float = 0.05, merge: Any = None, least: float = 0.1) -> Callable[[Situation], Choice]:
+def weighted(
+    temperature: float = TEMPERATURE, merge: Any = None, least: float = 0.1
+) -> Callable[[Situation], Choice]:
     """Experts weighted by a softmax of their similarities, without those that would have less than `least`."""
 
     def choose(at: Situation) -> Choice:
@@ -153,9 +162,11 @@ def main_rows(predictions: Predictions, subsets: bool = True) -> List[Row]:
         Row("SaM, sampling alone", sam(which=[1])),
         Row("SaM", sam()),
         Row("SaM, intersection", sam(agree=2)),
+        Row("SaM, lead", sam(lead=LEAD)),
         Row("SaM-eco", eco()),
         Row("adaptive", adaptive()),
-        Row("weighted", weighted()),
+        Row("weighted, TIES", weighted()),
+        Row("weighted", weighted(merge=make_mean(1.0))),
     ]
     if subsets:
         rows.append(Row("best of at most three (oracle)", oracle([1, 2, 3]), oracle=True))

@@ -62,22 +62,26 @@ class Annotator:
         RETURNS (List[List[Candidate]]): The union for each window; offsets are characters of the document, and
             `sources` index `specs`.
         """
-        answers = [self._answers(spec, labels, windows) for spec in specs]
+        answers = self._answers(specs, labels, windows)
         return [union(*(answer[i] for answer in answers)) for i in range(len(windows))]
 
     def found(self, spec: TaskModelSpec, labels: Sequence[str], texts: Sequence[str]) -> List[Found]:
         """One task model's strict spans in some short texts, as selectors want them."""
-        answers = self._answers(spec, labels, [Window(text, 0) for text in texts])
+        (answers,) = self._answers([spec], labels, [Window(text, 0) for text in texts])
         return [frozenset((p.start, p.end, p.label) for p in placed) for placed in answers]
 
-    def _answers(self, spec: TaskModelSpec, labels: Sequence[str], windows: Sequence[Window]) -> List[List[Placed]]:
+    def _answers(
+        self, specs: Sequence[TaskModelSpec], labels: Sequence[str], windows: Sequence[Window]
+    ) -> List[List[List[Placed]]]:
+        """For each task model, its spans in each window."""
         groups = self.format.groups(labels)
-        requests = [Request(spec, group, window.text) for group in groups for window in windows]
+        requests = [Request(spec, group, window.text) for spec in specs for group in groups for window in windows]
         completions = iter(self.engine.generate(requests))
-        answers: List[List[Placed]] = [[] for _ in windows]
-        for group in groups:
-            for answer, window in zip(answers, windows):
-                answer.extend(self._place(next(completions), group, window))
+        answers: List[List[List[Placed]]] = [[[] for _ in windows] for _ in specs]
+        for of_model in answers:
+            for group in groups:
+                for answer, window in zip(of_model, windows):
+                    answer.extend(self._place(next(completions), group, window))
         return answers
 
     def _place(self, completion: Completion, labels: Sequence[str], window: Window) -> List[Placed]:

@@ -66,6 +66,11 @@ MESSAGES = {
     "S506": "The base is a tagger, which answers in the format {needed}, and the bank's is {name}. Set it in the bank's config.",
     "S507": "The bank's base is a tagger: it finds entities and cannot complete other prompts. Use the task "
     "spacy_sam.NER.v1 with this bank, or a bank around a language model.",
+    "S508": "The base is {kind}, and spacy_sam.VLLMEngine.v1 runs causal language models only. Use spacy_sam.TorchEngine.v1.",
+    "S509": "{python} has no vLLM that can be used: {reason}. Install it in an environment of its own, as docs/vllm.md says, "
+    "and set 'python' to the interpreter of that environment.",
+    "S510": "The vLLM worker failed: {reason}. The end of its messages:\n{messages}",
+    "S511": "The vLLM worker was started by another process. Call nlp.pipe with n_process=1: vLLM batches by itself.",
     # Training and data
     "S601": "The training config {path} is not valid:\n{problems}",
     "S602": "No such data: {path}. Give a .jsonl, .spacy or .conll/.bio/.iob file.",

@@ -3,7 +3,7 @@
 Nothing heavy is imported before a function is called.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Dict, Optional, Tuple
 
 from .errors import check_finite, check_whole
@@ -65,21 +65,25 @@ def make_sampling_evaluation(sample_size: int = 10) -> "Selector":
     return SamplingEvaluation(sample_size)
 
 
-def make_sam(selectors: Dict[str, Any], merge: Any, n_experts: int = 3) -> "Strategy":
+def make_sam(
+    selectors: Dict[str, Any], merge: Any, n_experts: int = 3, lead: Optional[float] = None
+) -> "Strategy":
     """`spacy_sam.SaM.v1`: see `select.strategies.SaM`. `selectors` are asked in the order given; None leaves one out.
 
     spaCy merges a config into the default one, so a default selector goes away by being None, not by being left out.
     """
     from .select.strategies import SaM
 
-    return SaM(_given(selectors), merge, n_experts)
+    return SaM(_given(selectors), merge, n_experts, lead)
 
 
-def make_sam_eco(selectors: Dict[str, Any], merge: Any, n_experts: int = 3) -> "Strategy":
+def make_sam_eco(
+    selectors: Dict[str, Any], merge: Any, n_experts: int = 3, lead: Optional[float] = None
+) -> "Strategy":
     """`spacy_sam.SaMEco.v1`: see `select.strategies.SaMEco`, and `make_sam` for `selectors`."""
     from .select.strategies import SaMEco
 
-    return SaMEco(_given(selectors), merge, n_experts)
+    return SaMEco(_given(selectors), merge, n_experts, lead)
 
 
 def make_adaptive(selectors: Dict[str, Any], merge: Any, max_experts: int = 6, sample_size: int = 30) -> "Strategy":
@@ -89,7 +93,7 @@ def make_adaptive(selectors: Dict[str, Any], merge: Any, max_experts: int = 6, s
     return Adaptive(_given(selectors), merge, max_experts, sample_size)
 
 
-def make_weighted(selector: Any, merge: Any, temperature: float = 0.05, least: float = 0.1) -> "Strategy":
+def make_weighted(selector: Any, merge: Any, temperature: float = 0.2, least: float = 0.1) -> "Strategy":
     """`spacy_sam.Weighted.v1`: see `select.weighted.Weighted`."""
     from .select.weighted import Weighted
 
@@ -135,6 +139,47 @@ def make_torch_engine(
 ) -> TorchEngineMaker:
     """`spacy_sam.TorchEngine.v1`: see `generate.torch_engine`."""
     return TorchEngineMaker(device, dtype, max_new_tokens, tokens_per_batch, local_files_only, constrained, entity_bias)
+
+
+@dataclass(frozen=True)
+class VLLMEngineMaker:
+    """Makes a `VLLMEngine` for a bank when it is called, so that a pipeline can be built and saved without vLLM."""
+
+    python: Optional[str] = None
+    cache: Optional[str] = None
+    max_task_models: int = 4
+    dtype: Optional[str] = None
+    max_new_tokens: int = 320
+    constrained: bool = True
+    entity_bias: Optional[float] = None
+    options: Dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for setting in ("max_task_models", "max_new_tokens"):
+            check_whole(setting, getattr(self, setting))
+        if self.entity_bias is not None:
+            check_finite("entity_bias", self.entity_bias)
+
+    def __call__(self, bank: "ExpertBank") -> "Engine":
+        from .generate.vllm_engine import VLLMEngine
+
+        return VLLMEngine(bank, resolve_method, **self.__dict__)
+
+
+def make_vllm_engine(
+    python: Optional[str] = None,
+    cache: Optional[str] = None,
+    max_task_models: int = 4,
+    dtype: Optional[str] = None,
+    max_new_tokens: int = 320,
+    constrained: bool = True,
+    entity_bias: Optional[float] = None,
+    options: Optional[Dict[str, Any]] = None,
+) -> VLLMEngineMaker:
+    """`spacy_sam.VLLMEngine.v1`: see `generate.vllm_engine`."""
+    return VLLMEngineMaker(
+        python, cache, max_task_models, dtype, max_new_tokens, constrained, entity_bias, dict(options or {})
+    )
 
 
 def resolve_method(config: Dict[str, Any]) -> "MergeMethod":

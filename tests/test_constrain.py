@@ -9,7 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from spacy_sam.generate.constrain import InlineGrammar, Walk, make_grammar
+from spacy_sam.generate.constrain import InlineGrammar, Walk
+from spacy_sam.generate.grammars import make_grammar
+from spacy_sam.generate.lines import LinesGrammar
 from spacy_sam.prompts import InlineFormat, LinesFormat, PromptEncoder
 from spacy_sam.train.vocab import build_tokenizer
 
@@ -102,7 +104,7 @@ def test_labels_that_begin_alike_are_told_apart(grammar):
         assert read(grammar, answer) == ([(0, 3, label)], 0)
 
 
-def test_only_inline_has_a_grammar(grammar):
+def test_every_format_has_its_grammar(grammar):
     tokenizer: PreTrainedTokenizerFast = grammar.encoder.tokenizer
-    assert make_grammar(PromptEncoder(tokenizer, LinesFormat())) is None
+    assert isinstance(make_grammar(PromptEncoder(tokenizer, LinesFormat())), LinesGrammar)
     assert isinstance(make_grammar(PromptEncoder(tokenizer, FORMAT)), InlineGrammar)

@@ -59,8 +59,10 @@ def engine(bank) -> TorchEngine:
 
 
 def make_engine(bank: ExpertBank, **settings: Any) -> TorchEngine:
-    """An engine with many end tokens, so that a random model finishes some answers, at different lengths."""
-    engine = TorchEngine(bank, resolve_method, **{"device": "cpu", "max_new_tokens": 24, **settings})
+    """An engine without a grammar, and with many end tokens, so that a random model finishes some answers, at different lengths."""
+    engine = TorchEngine(
+        bank, resolve_method, **{"device": "cpu", "max_new_tokens": 24, "constrained": False, **settings}
+    )
     engine.end_ids = (*engine.end_ids, *range(3, 400, 14))
     return engine
 
@@ -323,7 +325,7 @@ def test_engine_ends_are_those_of_the_tokens(bank, engine):
 
 
 def test_engine_token_limit(bank):
-    engine = TorchEngine(bank, resolve_method, device="cpu", max_new_tokens=3)
+    engine = TorchEngine(bank, resolve_method, device="cpu", max_new_tokens=3, constrained=False)
     engine.end_ids = ()
     for completion in engine.generate([Request(ONE, LABELS, text) for text in TEXTS]):
         assert len(completion.logprobs) == 3

@@ -1,4 +1,4 @@
-"""Parallel decoding of inline answers gives what decoding a token at a time gives."""
+"""Parallel decoding of answers gives what decoding a token at a time gives."""
 
 import pytest
 import torch
@@ -10,6 +10,8 @@ from spacy_sam.bank import ExpertBank
 from spacy_sam.errors import SamError
 from spacy_sam.generate import parallel
 from spacy_sam.generate.engine import Request
+from spacy_sam.generate.guesses import BAR, InlineGuess, Line, LinesGuess
+from spacy_sam.generate.passes import Seq2SeqPasses
 from spacy_sam.generate.torch_engine import TorchEngine
 from spacy_sam.plan import TaskModelSpec
 from spacy_sam.registered import make_torch_engine, resolve_method
@@ -79,12 +81,12 @@ def test_any_first_guess_leads_to_the_same_answer(engine, marks):
     source, labels = grammar.source(text), grammar.trie(LABELS)
     ends = [at for at, ends in enumerate(source.ends_word) if ends]
     label = (*grammar.encoder.plain(" person or place"), *grammar.closing)
-    begin = {"first": {at: label for at in ends}, "bars": {at: parallel.BAR for at in ends}}.get(marks or "", {})
-    guess = parallel.Guess(grammar, source, labels, 400, begin)
+    begin = {"first": {at: label for at in ends}, "bars": {at: BAR for at in ends}}.get(marks or "", {})
+    guess = InlineGuess(grammar, source, labels, 400, begin)
     prompt = grammar.encoder.prefix(LABELS) + grammar.encoder.body(text)
     engine.switch.restore()
     with torch.inference_mode():
-        parallel.decode(engine.model, [prompt], [guess])
+        parallel.decode(engine.model, Seq2SeqPasses(engine.model, [prompt]), [guess])
     (expected,) = step_by_step(engine, [Request(TaskModelSpec(), LABELS, text)])
     assert grammar.encoder.decode(guess.tokens[:-1])[0] == expected.text
 
@@ -114,7 +116,7 @@ def test_choices_that_take_turns_come_to_an_end(engine, monkeypatch):
         passes.append(1)
         assert len(passes) < 200
         answers = decide(*args)
-        rows = args[3]
+        rows = args[2]
         turned = [
             [(choice + len(passes)) % len(d.allowed) for choice, d in zip(chosen, row.decisions)]
             for row, (chosen, _) in zip(rows, answers)
@@ -196,3 +198,128 @@ def test_the_bank_has_a_bias_and_the_engine_another(bank):
 def test_a_bias_is_a_finite_number(bias):
     with pytest.raises(SamError, match=r"S205.*'entity_bias'.*finite number"):
         make_torch_engine(entity_bias=bias)
+
+
+OTHERS = [("llama", "Inline"), ("opt", "Inline"), ("llama", "Lines"), ("opt", "Lines"), ("gpt2", "Lines"), ("bart", "Lines")]
+
+
+@pytest.fixture(scope="module", params=OTHERS, ids=lambda pair: "-".join(pair).lower())
+def other(request, tmp_path_factory) -> TorchEngine:
+    """Engines for every other kind of base and format; of a model whose answers have entities, and come to an end."""
+    architecture, name = request.param
+    path = tmp_path_factory.mktemp("other") / "bank"
+    make_tiny_bank(path, architecture=architecture, prompt={"name": f"spacy_sam.{name}.v1"})
+    return TorchEngine(ExpertBank(path), resolve_method, device="cpu", tokens_per_batch=600)
+
+
+def assert_same(fast, slow):
+    for one, expected in zip(fast, slow):
+        assert (one.text, one.ends, one.finished) == (expected.text, expected.ends, expected.finished)
+        assert one.logprobs == pytest.approx(expected.logprobs, abs=1e-4)
+
+
+@settings(max_examples=25)
+@given(
+    found=st.lists(texts, min_size=1, max_size=5),
+    expert=st.sampled_from([(), ("expert0",), ("expert0", "expert1")]),
+    bias=st.sampled_from([-1.0, 0.0, 2.0]),
+)
+def test_every_base_and_format_is_step_by_step(other, found, expert, bias):
+    assert other.parallel
+    other.entity_bias = bias
+    requests = [Request(TaskModelSpec(expert), LABELS[: 1 + len(text) % 4], text) for text in found]
+    assert_same(other.generate(requests), step_by_step(other, requests))
+
+
+def test_every_base_and_format_finds_entities(other):
+    """Or the test above would prove nothing."""
+    other.entity_bias = 1.0
+    words = ["abc", "def", "ghi", "jkl"]
+    requests = [Request(TaskModelSpec((e,)), LABELS, f"{w} some ({w})") for w in words for e in ("expert0", "expert1")]
+    answers = other.generate(requests)
+    mentions = [other.encoder.format.parse(answer.text, LABELS) for answer in answers]
+    assert sum(len(parsed.mentions) for parsed in mentions) > 3
+    assert not any(parsed.n_malformed for parsed, answer in zip(mentions, answers) if answer.finished)
+
+
+@pytest.mark.parametrize("fail_at", [0, 1, 2])
+def test_out_of_memory_at_any_pass(other, monkeypatch, fail_at):
+    """While the prompts are encoded, and later: half as many rows are tried, and nothing is lost."""
+    requests = [Request(TaskModelSpec(), LABELS, f"some text ({word}) here") for word in ("abc", "def", "ghi", "jkl")]
+    other.entity_bias = 1.0
+    other._guesses.clear()
+    expected = other.generate(requests)
+    decoder, calls = other.model.get_decoder(), []
+    forward = decoder.forward
+
+    def limited(*args, **kwargs):
+        calls.append(len(kwargs["input_ids"]))
+        if len(calls) - 1 == fail_at:
+            raise torch.OutOfMemoryError("no memory left, says the test")
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(decoder, "forward", limited)
+    monkeypatch.setattr(other, "tokens_per_batch", 10_000)
+    other._guesses.clear()
+    assert_same(other.generate(requests), expected)
+    assert len(calls) > fail_at
+    assert calls[fail_at] > calls[fail_at + 1]
+
+
+LINES_TEXT = "A | place, or the | of | a person"
+
+
+@pytest.fixture(scope="module")
+def lines_engine(tmp_path_factory) -> TorchEngine:
+    path = tmp_path_factory.mktemp("lines") / "bank"
+    make_tiny_bank(path, prompt={"name": "spacy_sam.Lines.v1"})
+    return TorchEngine(ExpertBank(path), resolve_method, device="cpu", entity_bias=1.0)
+
+
+@settings(max_examples=60)
+@given(
+    text=st.lists(st.sampled_from(LINES_TEXT.split()), min_size=1, max_size=7).map(" ".join),
+    spans=st.lists(st.tuples(st.integers(0, 6), st.integers(1, 3), st.sampled_from(LABELS)), max_size=4),
+)
+def test_any_lines_lead_to_the_same_answer(lines_engine, text, spans):
+    """Those of other texts too: what the grammar does not allow is left out."""
+    engine, words = lines_engine, LINES_TEXT.split()
+    plain = engine.grammar.encoder.plain
+    known = [
+        Line(tuple(plain(" " + " ".join(words[at : at + n]))), tuple(plain(f" | {label}\n"))) for at, n, label in spans
+    ]
+    request = Request(TaskModelSpec(), LABELS, text)
+    engine._guesses.clear()
+    (nothing_known,) = engine.generate([request])
+    engine._guesses[LABELS, text] = known
+    assert_same(engine.generate([request]), [nothing_known])
+    assert_same([nothing_known], step_by_step(engine, [request]))
+
+
+def test_a_right_answer_takes_one_pass(lines_engine, monkeypatch):
+    passes = []
+    decide = parallel._decide
+    monkeypatch.setattr(parallel, "_decide", lambda *args: passes.append(1) or decide(*args))
+    requests = [Request(TaskModelSpec(), LABELS, LINES_TEXT)]
+    first = lines_engine.generate(requests)
+    passes.clear()
+    assert_same(lines_engine.generate(requests), first)
+    assert len(passes) == 1
+
+
+def test_lines_of_a_guess_are_kept(lines_engine):
+    grammar = lines_engine.grammar
+    guess = LinesGuess(grammar, grammar.paths("a b"), grammar.trie(LABELS), 99, [Line((0,), (0,))])
+    guess.write()
+    assert guess.content == []
+    assert guess.tokens == [grammar.end_id]
+
+
+def test_models_that_forget_are_left_to_steps(tmp_path):
+    """A sliding window's keys cannot be cut back."""
+    from transformers import MistralConfig, MistralForCausalLM
+
+    sizes = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
+    assert not parallel.can_decode(MistralForCausalLM(MistralConfig(**sizes, **heads, sliding_window=8)).eval())
+    assert parallel.can_decode(MistralForCausalLM(MistralConfig(**sizes, **heads, sliding_window=None)).eval())

@@ -74,10 +74,8 @@ def test_a_bank_that_has_scores_keeps_its_bias(inline_bank, config, scored):
     assert ExpertBank(inline_bank.path).entity_bias == 0.7
 
 
-def test_without_a_grammar_there_is_no_bias_to_choose(tmp_path, config, scored):
+def test_answers_in_lines_have_a_bias_too(tmp_path, config, scored):
     bank = unscored(tmp_path / "bank")
-    scored.update({(f"expert{n}", 0.0): 0.5 for n in range(2)})
-    said: List[str] = []
-    score_bank(bank, config, report=said.append)
-    assert [line.split(":")[0] for line in said] == ["'expert0' on cooking", "'expert1' on cooking"]
-    assert ExpertBank(bank.path).entity_bias == 0.0
+    scored.update({(f"expert{n}", bias): bias / 10 for n in range(2) for bias in ENTITY_BIASES})
+    score_bank(bank, config, report=lambda line: None)
+    assert ExpertBank(bank.path).entity_bias == max(ENTITY_BIASES)

@@ -361,6 +361,32 @@ def test_eco_ranks_count_and_not_scores():
 STRATEGIES = [SaM, SaMEco, Adaptive]
 
 
+@pytest.mark.parametrize("strategy", [SaM, SaMEco])
+@pytest.mark.parametrize(("lead", "alone"), [(None, False), (0.25, True), (0.3, False), (0.0, True)])
+def test_an_expert_that_is_far_ahead_stands_alone(strategy, lead, alone):
+    """Ahead in the first selector's scores; the others do not matter."""
+    first = Fixed("first", (("a", 0.25), ("b", 0.5), ("c", 0.0)))
+    selectors = (first, ranks("second", "acb"))
+    context = fake_context(fake_bank("abc"))
+    plan = strategy(selectors, Ties(), 2, lead)(context)
+    assert ([spec.experts for spec in plan.task_models] == [("b",)]) == alone
+    if not alone:
+        assert plan.task_models == strategy(selectors, Ties(), 2)(context).task_models
+    assert len(plan.selections) == 2
+
+
+@pytest.mark.parametrize("strategy", [SaM, SaMEco])
+def test_an_only_expert_needs_no_lead(strategy):
+    (spec,) = strategy((ranks("first", "a"),), Ties(), 3, 0.2)(fake_context(fake_bank("a"))).task_models
+    assert spec.experts == ("a",)
+
+
+@pytest.mark.parametrize("lead", ["0.2", True, float("nan")])
+def test_strategy_bad_lead(lead):
+    with pytest.raises(SamError, match=r"S205.*'lead'"):
+        SaM((ranks("first", "a"),), Ties(), 3, lead)
+
+
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_strategy_no_experts(strategy):
     with pytest.raises(SamError) as caught:

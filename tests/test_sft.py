@@ -11,7 +11,7 @@ from helpers import load_model, make_tokenizer, save_base
 from torch.nn.functional import cross_entropy
 
 from spacy_sam.errors import SamError
-from spacy_sam.generate.constrain import make_grammar
+from spacy_sam.generate.constrain import InlineGrammar
 from spacy_sam.prompts import InlineFormat, LinesFormat, PromptEncoder
 from spacy_sam.train import sft
 from spacy_sam.train.base import random_llama
@@ -93,7 +93,7 @@ def test_train_accumulated_loss(examples, tiny_bart_path, tmp_path, architecture
     torch.manual_seed(0)
     start = random_llama(tokenizer, 16, 1, 2) if architecture == "llama" else load_model(tiny_bart_path)
     start.save_pretrained(tmp_path / "start")
-    grammar = make_grammar(PromptEncoder(tokenizer, InlineFormat())) if constrained else None
+    grammar = InlineGrammar(PromptEncoder(tokenizer, InlineFormat())) if constrained else None
     if grammar:
         examples = [encode_example(grammar.encoder, ["person"], "Anna came.", [(0, 4, "person")], grammar)]
     found = {}

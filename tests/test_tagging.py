@@ -128,25 +128,60 @@ def test_tagging_types_of_other_rows_are_not_there(model):
     assert types[1, 0].tolist()[2:] == [-math.inf, -math.inf]
 
 
+def tags_of(types: torch.Tensor, begins: torch.Tensor, bias: float = 0.0) -> List[Tag]:
+    """Of one text, a word at a time: the slow, obvious version of `find_tags`."""
+    tags: List[Tag] = []
+    run: List[int] = []
+    for word in range(len(types) + 1):
+        inside = word < len(types) and (types[word, 1:].logsumexp(-1) + bias > types[word, 0]).item()
+        if run and not (inside and begins[word] <= 0):
+            label = types[run, 1:].mean(0).softmax(-1).max(-1)
+            is_entity = [1 - types[word].softmax(-1)[0].item() for word in run]
+            score = label.values.item() * math.prod(is_entity) ** (1 / len(run))
+            tags.append(Tag(run[0], run[-1], int(label.indices), score))
+            run = []
+        if inside:
+            run.append(word)
+    return tags
+
+
 def test_tagging_runs_of_words():
     """Cut where a word is of no type or begins anew, and of the type with the highest mean."""
     types = torch.tensor([[0.0, 3, 0], [0, 0, 4], [2, 1, 1], [0, 5, 1], [0, 5, 1], [9, 1, 1], [0, -1, 2]])
     begins = torch.tensor([1.0, -1, 1, 1, 1, 1, -1])
-    tags = find_tags(types, begins)
+    (tags,) = find_tags(types[None], begins[None], [len(types)])
     assert [(tag.first, tag.last, tag.label) for tag in tags] == [(0, 1, 1), (3, 3, 0), (4, 4, 0), (6, 6, 1)]
     inside = [1 - types[word].softmax(-1)[0].item() for word in (0, 1)]
     of_type = types[:2, 1:].mean(0).softmax(-1)[1].item()
     assert tags[0].score == pytest.approx(of_type * math.sqrt(inside[0] * inside[1]), rel=1e-5)
 
 
+@given(
+    n_words=st.lists(st.integers(0, 9), min_size=1, max_size=4),
+    n_labels=st.integers(1, 4),
+    bias=st.sampled_from([-1.0, 0.0, 1.5]),
+    seed=st.integers(0, 999),
+)
+def test_tagging_a_batch_is_text_by_text(n_words, n_labels, bias, seed):
+    generator = torch.Generator().manual_seed(seed)
+    types = 3 * torch.randn(len(n_words), max(n_words), 1 + n_labels, generator=generator)
+    begins = torch.randn(len(n_words), max(n_words), generator=generator)
+    types[0, :, 2:] = -math.inf  # the first text is asked for one type alone
+    batch = find_tags(types, begins, n_words, bias)
+    for tags, n, some_types, some_begins in zip(batch, n_words, types, begins):
+        expected = tags_of(some_types[:n], some_begins[:n], bias)
+        assert [tag[:3] for tag in tags] == [tag[:3] for tag in expected]
+        assert [tag.score for tag in tags] == pytest.approx([tag.score for tag in expected], rel=1e-4)
+
+
 def test_tagging_bias_is_for_entities_and_not_for_scores():
-    types, begins = torch.tensor([[1.0, 0.6, 0], [3, 0, 0]]), torch.tensor([1.0, 1])
-    assert [tag.first for tag in find_tags(types, begins)] == [0]
-    more = find_tags(types, begins, 5.0)
+    types, begins = torch.tensor([[[1.0, 0.6, 0], [3, 0, 0]]]), torch.tensor([[1.0, 1]])
+    assert [tag.first for tag in find_tags(types, begins, [2])[0]] == [0]
+    (more,) = find_tags(types, begins, [2], 5.0)
     assert [tag.first for tag in more] == [0, 1]
-    assert more[0] == find_tags(types, begins)[0]
-    assert find_tags(types, begins, -5.0) == []
-    assert find_tags(types[:0], begins[:0]) == []
+    assert more[0] == find_tags(types, begins, [2])[0][0]
+    assert find_tags(types, begins, [2], -5.0) == [[]]
+    assert find_tags(types[:, :0], begins[:, :0], [0]) == [[]]
 
 
 # The answer
@@ -206,9 +241,10 @@ def test_tagging_finds_nothing_that_is_not_in_the_text(bank):
 
 
 def test_tagging_engine_has_an_entity_bias(bank, tiny_bank_path):
-    """So training chooses one on the dev sets; free answers have none."""
+    """So training chooses one on the dev sets; answers without a grammar have none."""
     assert make_engine(bank).has_entity_bias
-    assert not make_engine(ExpertBank(tiny_bank_path)).has_entity_bias
+    free = TorchEngine(ExpertBank(tiny_bank_path), resolve_method, device="cpu", constrained=False)
+    assert not free.has_entity_bias
 
 
 def test_tagging_completes_prompts_of_its_own_format_only(bank):

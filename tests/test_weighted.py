@@ -31,7 +31,7 @@ class Scores:
 
 
 def test_weighted_near_experts_are_merged_by_their_shares():
-    scores = Scores(a=0.3, b=0.3 + 0.05 * math.log(3), c=-0.5)
+    scores = Scores(a=0.3, b=0.3 + 0.2 * math.log(3), c=-0.5)
     plan = Weighted(scores, MERGE)(fake_context(fake_bank("abc")))
     (spec,) = plan.task_models
     assert dict(zip(spec.experts, spec.weights)) == pytest.approx({"a": 0.25, "b": 0.75}, rel=1e-4)
@@ -81,4 +81,4 @@ def test_weighted_is_registered():
     from spacy.util import registry
 
     made = registry.get("misc", "spacy_sam.Weighted.v1")(Scores(a=1.0), MERGE)
-    assert made == Weighted(made.selector, MERGE, 0.05, 0.1)
+    assert made == Weighted(made.selector, MERGE, 0.2, 0.1)

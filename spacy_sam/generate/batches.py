@@ -31,9 +31,8 @@ class CausalBatch:
     def __init__(self, model: Any, prefix_cache: Any, n_prefix: int, bodies: Sequence[Sequence[int]]) -> None:
         """model: In evaluation mode. prefix_cache: Of one row; it is copied. bodies: Token ids of each row."""
         self.model = model
-        self.cache = copy.deepcopy(prefix_cache)
-        self.cache.batch_repeat_interleave(len(bodies))
-        self.ids, self.mask = _pad_left(bodies, n_prefix, model.device)
+        self.cache = copy_cache(prefix_cache, len(bodies))
+        self.ids, self.mask = pad_left(bodies, n_prefix, model.device)
         self.positions = (self.mask.cumsum(1) - 1).clamp_min(0)[:, n_prefix:]
 
     def first(self) -> Tensor:
@@ -106,7 +105,14 @@ def decoder_start(model: Any) -> Any:
     return start if start is not None else model.config.decoder_start_token_id
 
 
-def _pad_left(bodies: Sequence[Sequence[int]], n_prefix: int, device: Any) -> Tuple[Tensor, Tensor]:
+def copy_cache(cache: Any, n_rows: int) -> Any:
+    """The keys and values of one row, for so many rows."""
+    copied = copy.deepcopy(cache)
+    copied.batch_repeat_interleave(n_rows)
+    return copied
+
+
+def pad_left(bodies: Sequence[Sequence[int]], n_prefix: int, device: Any) -> Tuple[Tensor, Tensor]:
     """Bodies [rows, width], and the attention mask with the prefix [rows, n_prefix + width]."""
     width = max(len(body) for body in bodies)
     ids = torch.zeros((len(bodies), width), dtype=torch.long)
@@ -120,7 +126,7 @@ def _pad_left(bodies: Sequence[Sequence[int]], n_prefix: int, device: Any) -> Tu
 
 def pad_right(rows: Sequence[Sequence[int]], device: Any, value: int = 0) -> Tuple[Tensor, Tensor]:
     """Rows [n, width] padded on the right with a value, and their mask."""
-    tensors: List[Tensor] = [torch.tensor(row) for row in rows]
+    tensors: List[Tensor] = [torch.tensor(row, dtype=torch.long) for row in rows]
     padded = torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=value)
     lengths = torch.tensor([len(row) for row in rows])
     mask = (torch.arange(padded.shape[1]) < lengths[:, None]).long()

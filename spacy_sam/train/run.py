@@ -14,11 +14,11 @@ from ..adapters import WEIGHTS_FILE
 from ..bank import BANK_FILE, ExpertBank, write_json
 from ..corpora import Dataset, load_dataset
 from ..errors import SamError
-from ..generate.constrain import make_grammar
+from ..generate.constrain import InlineGrammar
 from ..generate.tagging import TagEncoder
 from ..models import auto_model, is_tagger
 from ..plan import Centroid, Corpus, Expert
-from ..prompts import PromptEncoder, make_format
+from ..prompts import InlineFormat, PromptEncoder, make_format
 from ..quiet import quiet_loading
 from ..select.encoder import SentenceEncoder, offline_encoder_path
 from ..select.similarity import make_centroid
@@ -236,7 +236,9 @@ class _Run:
     ) -> float:
         encoder = PromptEncoder(tokenizer, make_format(self.prompt))
         is_tagging = is_tagger(model.config)
-        grammar = None if is_tagging else make_grammar(encoder)
+        # Answers in lines are learnt whole, so that they can be read without a grammar too.
+        is_inline = isinstance(encoder.format, InlineFormat) and not is_tagging
+        grammar = InlineGrammar(encoder) if is_inline else None
         batches = draw_batches(
             datasets,
             TagEncoder(encoder) if is_tagging else encoder,

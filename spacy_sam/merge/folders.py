@@ -1,0 +1,78 @@
+"""Task models as model folders in a cache, for engines that read models from disk."""
+
+import os
+import re
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any, Callable, Dict
+
+from ..bank import ExpertBank
+from ..plan import Plan, TaskModelSpec
+from .export import write_task_models
+from .methods import MergeMethod
+
+NAME = re.compile(r"[0-9a-f]{16}")  # of a plan's fingerprint
+
+
+class TaskModelFolders:
+    """Writes each task model of a bank once, and keeps those that were used last.
+
+    A folder is named after everything that decides its weights, so that a cache can be used by later runs, for other banks, and
+    after an expert was replaced.
+    """
+
+    def __init__(
+        self, bank: ExpertBank, resolve: Callable[[Dict[str, Any]], MergeMethod], root: Path, max_kept: int
+    ) -> None:
+        """Nothing is written yet.
+
+        bank (ExpertBank): The bank.
+        resolve (Callable): Makes the merge method of a task model's config block.
+        root (Path): The cache, made if it is not there.
+        max_kept (int): Task models in it; those used longest ago are removed.
+        """
+        self.bank = bank
+        self.resolve = resolve
+        self.root = root
+        self.max_kept = max_kept
+
+    def folder(self, spec: TaskModelSpec) -> Path:
+        """The folder of a task model, written if it is not in the cache. The base of a bank that holds it is its own folder.
+
+        RAISES: SamError S108 if an expert is not in the bank, and what merging it raises.
+        """
+        base = Path(self.bank.base[0])
+        if not spec.experts and base.is_dir():
+            return base
+        hashes = {name: self.bank.adapter_hash(name) for name in spec.experts}
+        plan = Plan(self.bank.base_hash, (spec,), hashes)
+        folder = self.root / plan.fingerprint
+        if not folder.is_dir():
+            self._make_room()
+            self._write(plan, folder)
+        os.utime(folder)
+        return folder
+
+    def _make_room(self) -> None:
+        """For one more."""
+        if not self.root.is_dir():
+            return
+        kept = [path for path in self.root.iterdir() if NAME.fullmatch(path.name) and path.is_dir()]
+        kept.sort(key=lambda path: path.stat().st_mtime)
+        for path in kept[: max(0, len(kept) + 1 - self.max_kept)]:
+            shutil.rmtree(path)
+
+    def _write(self, plan: Plan, folder: Path) -> None:
+        """Write beside and rename, so that a folder with a task model's name is whole."""
+        self.root.mkdir(parents=True, exist_ok=True)
+        staged = Path(tempfile.mkdtemp(prefix=".writing-", dir=self.root))
+        try:
+            for written, _ in write_task_models(self.bank, plan, staged, self.resolve):
+                try:
+                    os.replace(written, folder)
+                except OSError:
+                    if not folder.is_dir():  # another process was quicker
+                        raise
+        finally:
+            shutil.rmtree(staged, ignore_errors=True)
