@@ -108,9 +108,7 @@ def eco(n_experts: int = 3, merge: Any = None) -> Callable[[Situation], Choice]:
     return lambda at: Choice((at.spec(mean_rank(at.selections())[:n_experts], merge),))
 
 
-def weighted(
-    temperature: float = TEMPERATURE, merge: Any = None, least: float = 0.1
-) -> Callable[[Situation], Choice]:
+def weighted(temperature: float = TEMPERATURE, merge: Any = None, least: float = 0.1) -> Callable[[Situation], Choice]:
     """Experts weighted by a softmax of their similarities, without those that would have less than `least`."""
 
     def choose(at: Situation) -> Choice:

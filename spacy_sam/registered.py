@@ -65,9 +65,7 @@ def make_sampling_evaluation(sample_size: int = 10) -> "Selector":
     return SamplingEvaluation(sample_size)
 
 
-def make_sam(
-    selectors: Dict[str, Any], merge: Any, n_experts: int = 3, lead: Optional[float] = None
-) -> "Strategy":
+def make_sam(selectors: Dict[str, Any], merge: Any, n_experts: int = 3, lead: Optional[float] = None) -> "Strategy":
     """`spacy_sam.SaM.v1`: see `select.strategies.SaM`. `selectors` are asked in the order given; None leaves one out.
 
     spaCy merges a config into the default one, so a default selector goes away by being None, not by being left out.
@@ -77,9 +75,7 @@ def make_sam(
     return SaM(_given(selectors), merge, n_experts, lead)
 
 
-def make_sam_eco(
-    selectors: Dict[str, Any], merge: Any, n_experts: int = 3, lead: Optional[float] = None
-) -> "Strategy":
+def make_sam_eco(selectors: Dict[str, Any], merge: Any, n_experts: int = 3, lead: Optional[float] = None) -> "Strategy":
     """`spacy_sam.SaMEco.v1`: see `select.strategies.SaMEco`, and `make_sam` for `selectors`."""
     from .select.strategies import SaMEco
 

@@ -59,7 +59,7 @@ def engine(bank) -> TorchEngine:
 
 
 def make_engine(bank: ExpertBank, **settings: Any) -> TorchEngine:
-    """An engine without a grammar, and with many end tokens, so that a random model finishes some answers, at different lengths."""
+    """An engine without a grammar and with many end tokens, so that a random model finishes some answers, at several lengths."""
     engine = TorchEngine(
         bank, resolve_method, **{"device": "cpu", "max_new_tokens": 24, "constrained": False, **settings}
     )

@@ -200,7 +200,14 @@ def test_a_bias_is_a_finite_number(bias):
         make_torch_engine(entity_bias=bias)
 
 
-OTHERS = [("llama", "Inline"), ("opt", "Inline"), ("llama", "Lines"), ("opt", "Lines"), ("gpt2", "Lines"), ("bart", "Lines")]
+OTHERS = [
+    ("llama", "Inline"),
+    ("opt", "Inline"),
+    ("llama", "Lines"),
+    ("opt", "Lines"),
+    ("gpt2", "Lines"),
+    ("bart", "Lines"),
+]
 
 
 @pytest.fixture(scope="module", params=OTHERS, ids=lambda pair: "-".join(pair).lower())

@@ -31,8 +31,8 @@ class Scores:
 
 
 def test_weighted_near_experts_are_merged_by_their_shares():
-    scores = Scores(a=0.3, b=0.3 + 0.2 * math.log(3), c=-0.5)
-    plan = Weighted(scores, MERGE)(fake_context(fake_bank("abc")))
+    scores = Scores(a=0.3, b=0.3 + 0.05 * math.log(3), c=-0.5)
+    plan = Weighted(scores, MERGE, 0.05)(fake_context(fake_bank("abc")))
     (spec,) = plan.task_models
     assert dict(zip(spec.experts, spec.weights)) == pytest.approx({"a": 0.25, "b": 0.75}, rel=1e-4)
     assert spec.method == MERGE.config
@@ -41,7 +41,7 @@ def test_weighted_near_experts_are_merged_by_their_shares():
 
 
 def test_weighted_an_expert_far_ahead_stands_alone():
-    (spec,) = Weighted(Scores(a=0.1, b=0.6, c=0.2), MERGE)(fake_context(fake_bank("abc"))).task_models
+    (spec,) = Weighted(Scores(a=0.1, b=0.6, c=0.2), MERGE, 0.05)(fake_context(fake_bank("abc"))).task_models
     assert (spec.experts, spec.weights, spec.method) == (("b",), (1.0,), {})
 
 

@@ -23,9 +23,9 @@ class Strategy(Protocol):
 class SaM:
     """The paper's way (arXiv 2506.22813): one task model for each selector, of its best `n_experts`.
 
-    Rankings that choose the same experts make one task model, not two. The paper's appendix finds that an expert of the target's own
-    domain does best by itself. So one that is ahead of all others by `lead` in the first selector's scores is the only task
-    model; None never lets one stand alone, as in the paper.
+    Rankings that choose the same experts make one task model, not two. The paper's appendix finds that an expert of the target's
+    own domain does best by itself. So one that is ahead of all others by `lead` in the first selector's scores is the only
+    task model; None never lets one stand alone, as in the paper.
     """
 
     selectors: Tuple[Selector, ...]
