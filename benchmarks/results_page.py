@@ -93,8 +93,9 @@ def _by_group(data: Dict[str, Any]) -> str:
         relative = (f"{value / one:.2f}" if one else "-" for value, one in zip(values, unified))
         rows.append([row, *(f"{100 * value:.1f}" for value in values), *relative])
     return (
-        "## By group\n\nThe density and scale of the merge were chosen on `extra/` (experiments.md, trial 13), by its labels: "
-        "`targets/` is the fairer measure. Relative: to unified.\n\n" + table(rows)
+        "## By group\n\nDensity and scale of TIES, the lead and the temperature of the weights were chosen on dev sets and on "
+        "`extra/` (experiments.md, trials 13 and 30), by its labels: `targets/` is the fairer measure. Relative: to unified."
+        "\n\n" + table(rows)
     )
 
 
@@ -106,7 +107,7 @@ def _by_target(data: Dict[str, Any]) -> str:
     text = "## By target\n\n" + table(rows)
     if unified:
         relative = [["relative to unified", *map(_short, names)]]
-        for row in ("SaM", "SaM-eco", "adaptive"):
+        for row in ("SaM", "SaM, lead", "SaM-eco", "adaptive", "weighted"):
             if row in data["table"]:
                 line = data["table"][row]["f1"]
                 relative.append([row, *(f"{line[n] / unified[n]:.2f}" if unified[n] else "-" for n in names)])
