@@ -31,6 +31,7 @@ from spacy_sam.generate.engine import Completion, Request
 BANK = Path("runs/causal/bank")
 IMAGES = Path("docs/img")
 VLLM = "spacy_sam.VLLMEngine.v1"
+VLLM_SETTINGS = '{"options": {"gpu_memory_utilization": 0.2}}'  # on the CPU, too: the share of memory that it takes
 BATCH = 16
 SHARE = {"paragraphs": 4}  # of so many documents one, as they are longer
 N_WARM = 4
@@ -273,7 +274,7 @@ def main(
     repeats: int = typer.Option(5, min=1, help="Repetitions, each on other texts."),
     written: Path = typer.Option(WRITTEN, help="Folder of the written corpus."),
     vllm_python: Optional[Path] = typer.Option(None, help="A Python with vLLM, to measure that, too."),
-    vllm_settings: str = typer.Option("{}", help="Settings of spacy_sam.VLLMEngine.v1, as JSON."),
+    vllm_settings: str = typer.Option(VLLM_SETTINGS, help=f"Settings of {VLLM}, as JSON."),
     device: Optional[str] = typer.Option(None, help="cpu or cuda."),
     dtype: Optional[str] = typer.Option(None, help="Of the task models: float32 or bfloat16."),
     threads: int = typer.Option(2, min=1, help="Cores."),

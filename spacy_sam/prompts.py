@@ -27,6 +27,9 @@ class Mention(NamedTuple):
     at: Optional[int] = None
 
 
+Question = Tuple[Tuple[str, ...], str]  # labels, and the text
+
+
 class Parsed(NamedTuple):
     """Mentions in the order generated, and the number of lines that were not in the format."""
 
@@ -57,6 +60,10 @@ class LinesFormat:
 
     def prefix(self, labels: Sequence[str]) -> str:
         return f"{self.instruction}Types: {'; '.join(labels)}\nText:"
+
+    def read(self, prompt: str) -> Optional[Question]:
+        """What a whole prompt asks: labels, and the text as it is shown. RETURNS: None if it is not in this format."""
+        return read_prompt(prompt, self.prefix([]), self.body("").lstrip(" "))
 
     def groups(self, labels: Sequence[str]) -> List[Tuple[str, ...]]:
         """Labels in the fewest groups of at most `max_labels`, of like size, in order."""
@@ -115,13 +122,8 @@ class InlineFormat:
     def prefix(self, labels: Sequence[str]) -> str:
         return f"{self.instruction}Types: {'; '.join(labels)}\nText:"
 
-    def read(self, prompt: str) -> Optional[Tuple[Tuple[str, ...], str]]:
-        """What a whole prompt asks: labels and text as shown. RETURNS: None if it is not in this format."""
-        begin, end = f"{self.instruction}Types: ", "\n"
-        if not prompt.startswith(begin) or not prompt.endswith(end):
-            return None
-        labels, found, text = prompt[len(begin) : -len(end)].partition("\nText: ")
-        return (tuple(labels.split("; ")), text) if found and "\n" not in labels + text else None
+    def read(self, prompt: str) -> Optional[Question]:
+        return read_prompt(prompt, self.prefix([]), "\n")
 
     def groups(self, labels: Sequence[str]) -> List[Tuple[str, ...]]:
         return in_groups(labels, self.max_labels)
@@ -170,6 +172,15 @@ class InlineFormat:
     def whole_part(self, completion: str) -> str:
         """What can be read of a completion that was cut off: as far as the last mark."""
         return completion[: max(completion.rfind("⟩"), completion.rfind("¦")) + 1]
+
+
+def read_prompt(prompt: str, prefix: str, end: str) -> Optional[Question]:
+    """Labels and text of a prompt. prefix: Of no labels. end: What follows the text. RETURNS: None if it is another prompt."""
+    begin = prefix.removesuffix("\nText:")
+    if not prompt.startswith(begin) or not prompt.endswith(end):
+        return None
+    labels, found, text = prompt[len(begin) : -len(end)].partition("\nText: ")
+    return (tuple(labels.split("; ")), text) if found and "\n" not in labels + text else None
 
 
 def begins_word(text: str, at: int) -> bool:

@@ -13,7 +13,7 @@ from helpers import make_tiny_bank
 from remembering import REMEMBERED, REMEMBERED_LABELS
 from typer.testing import CliRunner
 
-from benchmarks import common, gpu, throughput, timing
+from benchmarks import common, gpu, random_model, throughput, timing
 from benchmarks.baselines import Generate, SpacyLlm
 from benchmarks.measures import Pipe, halves
 from benchmarks.texts import Texts
@@ -215,7 +215,7 @@ def test_gpu_benchmark_runs_tiny(results):
 
 
 def test_gpu_budget_has_room_for_the_rows(tmp_path):
-    model = gpu.Model(gpu.TINY, CPU, torch.float32)
+    model = random_model.Model(random_model.TINY, CPU, torch.float32)
     work = gpu.Work((2,), new_tokens=3, words=5, n_labels=2, repeats=1, entity_bias=0.0)
     bench = gpu.Bench(model, model.bank(tmp_path), work, gpu.Card(1e9, 1e12))
     engine = bench.engine(2, 3, constrained=False)
@@ -231,9 +231,9 @@ def test_gpu_budget_has_room_for_the_rows(tmp_path):
 
 def test_sizes_of_an_8b_model():
     with torch.device("meta"):
-        model = gpu.Model.__new__(gpu.Model)
-        model.config = gpu.LlamaConfig(**gpu.LLAMA_8B)
-        model.measure(gpu.AutoModelForCausalLM.from_config(model.config, dtype=torch.bfloat16))
+        model = random_model.Model.__new__(random_model.Model)
+        model.config = random_model.LlamaConfig(**random_model.LLAMA_8B)
+        model.measure(random_model.AutoModelForCausalLM.from_config(model.config, dtype=torch.bfloat16))
     assert model.n_parameters == 8_030_261_248
     assert model.token_bytes == 131_072
     assert model.step_bytes(1, 0) == 2 * (8_030_261_248 - 128_256 * 4096)

@@ -424,7 +424,7 @@ def test_worker_ends_when_we_are_killed(bank, log, tmp_path):
 import os, signal
 from spacy_sam.bank import ExpertBank
 from spacy_sam.generate.vllm_engine import VLLMEngine
-engine = VLLMEngine(ExpertBank({str(bank.path)!r}), None)
+engine = VLLMEngine(ExpertBank({str(bank.path)!r}), None, cache={str(tmp_path)!r})
 os.kill(os.getpid(), signal.SIGKILL)
 """
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(FAKE), *sys.path])}

@@ -153,7 +153,7 @@ class TorchEngine:
         return self._rows[key]._replace(place=place)
 
     def complete(self, task_model: TaskModelSpec, prompts: Sequence[str]) -> List[Completion]:
-        """Complete whole prompts, as other tasks write them, greedily.
+        """Complete whole prompts, as spacy-llm's tasks write them, greedily; those in the bank's own format under its grammar.
 
         task_model (TaskModelSpec): The task model.
         prompts (Sequence[str]): Any prompts, each with at least one token.
@@ -161,17 +161,28 @@ class TorchEngine:
         RAISES: SamError S505 if the context holds no prompt that long and an answer, S507 if the base is a tagger and a prompt is
             not in the bank's own format.
         """
-        if self.tagger is not None:
-            asked = [self.tagger.format.read(prompt) for prompt in prompts]
-            if None in asked:
-                raise SamError("S507")
-            return self.generate([Request(task_model, *question) for question in asked if question])
-        rows = [_Row(place, self.encoder.whole(prompt)) for place, prompt in enumerate(prompts)]
+        asked = [self._read(task_model, prompt) for prompt in prompts]
+        if self.tagger is not None and None in asked:
+            raise SamError("S507")
+        rows = [
+            _Row(place, self.encoder.whole(prompt))
+            for place, (prompt, request) in enumerate(zip(prompts, asked))
+            if request is None
+        ]
         longest = max((len(row.body) for row in rows), default=0)
         if longest >= self.context:
             raise SamError("S505", n_tokens=longest, context=self.context)
         done = dict(self._run_group(_Group(task_model, (), []), rows))
-        return [done[place] for place in range(len(prompts))]
+        own = iter(self.generate([request for request in asked if request is not None]))
+        return [done[place] if request is None else next(own) for place, request in enumerate(asked)]
+
+    def _read(self, task_model: TaskModelSpec, prompt: str) -> Optional[Request]:
+        """The request that a prompt in the bank's own format makes, so that its answer has the grammar; None for others."""
+        if self.tagger is None and self.grammar is None:
+            return None
+        question = self.encoder.format.read(prompt)
+        fits = question is not None and (self.tagger is not None or len(self.encoder.whole(prompt)) < self.context)
+        return Request(task_model, *question) if question is not None and fits else None
 
     def _run_group(self, group: _Group, rows: List[_Row]) -> Iterator[Tuple[int, Completion]]:
         self.switch.use(group.task_model)
