@@ -233,8 +233,9 @@ def figures(causal: Optional[Dict[str, Any]], tagger: Optional[Dict[str, Any]]) 
 NOTES = {
     "figures": "of short sentences; those of other shapes are in the details, as are documents and tokens a second",
     "lengths": "each baseline writes exactly as many tokens for a document as our answer has, whatever they are",
-    "spacy_llm": "its prompt is its own and longer, and so are its answers: only the number of new tokens is the same",
-    "same_answers": "share of the answers that are, to the character, those of the engine when it is given each text alone",
+    "spacy_llm": "prompt and answers are of its own kind, and the prompt is longer: only the number of new tokens is the same",
+    "same_answers": "share of answers that are those of the engine when it gets each text alone; those of generate are others, "
+    "as the base learned only what the grammar leaves open",
     "tokens": "new tokens; of a tagger, those of the texts (sam) or of the answers it stands for (engine)",
 }
 
@@ -296,6 +297,8 @@ def main(
         one.close()
     if plots:
         plot({kind: found["stream"] for kind, found in measured.items()}, IMAGES / "throughput_linear.png")
+    if vllm_python is not None:
+        measured["causal"]["vllm_settings"] = json.loads(vllm_settings)
     found = figures(measured.get("causal"), measured.get("tagger"))
     print(json.dumps(found, indent=2))
     versions = {name: version(name) for name in ("spacy-llm",)}
