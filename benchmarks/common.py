@@ -35,8 +35,9 @@ def commit() -> str:
 
 
 def _without_folders(argument: str) -> str:
-    """An absolute path says nothing to others: its last part in capitals stands for it."""
-    return Path(argument).name.upper() if Path(argument).is_absolute() else argument
+    """A path outside the project says nothing to others: its last part in capitals stands for it."""
+    path = Path(argument)
+    return path.name.upper() if path.is_absolute() or ".." in path.parts else argument
 
 
 def write_results(name: str, figures: Dict[str, float], **details: Any) -> Path:

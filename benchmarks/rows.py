@@ -12,8 +12,8 @@ from spacy_sam.plan import Plan, Selection, TaskModelSpec
 from spacy_sam.registered import make_adaptive, make_domain_similarity, make_mean, make_sampling_evaluation
 from spacy_sam.select.base import SelectionContext
 from spacy_sam.select.strategies import mean_rank, standing_alone
-from spacy_sam.select.weighted import softmax_shares
-from spacy_sam.settings import LEAD, TEMPERATURE
+from spacy_sam.select.weighted import Weighted, softmax_shares
+from spacy_sam.settings import LEAD
 
 LOOK_AHEAD = 100  # texts that similarity sees: the component's default
 SAMPLE_SIZE = 10  # texts that the experts annotate: the paper's and the default
@@ -108,7 +108,9 @@ def eco(n_experts: int = 3, merge: Any = None) -> Callable[[Situation], Choice]:
     return lambda at: Choice((at.spec(mean_rank(at.selections())[:n_experts], merge),))
 
 
-def weighted(temperature: float = TEMPERATURE, merge: Any = None, least: float = 0.1) -> Callable[[Situation], Choice]:
+def weighted(
+    temperature: float = Weighted.temperature, merge: Any = None, least: float = 0.1
+) -> Callable[[Situation], Choice]:
     """Experts weighted by a softmax of their similarities, without those that would have less than `least`."""
 
     def choose(at: Situation) -> Choice:

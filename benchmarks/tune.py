@@ -20,7 +20,7 @@ from spacy_sam.bank import ExpertBank
 from spacy_sam.plan import Expert
 from spacy_sam.registered import make_mean, make_ties
 from spacy_sam.select.base import SelectionContext
-from spacy_sam.settings import DENSITY, SCALE
+from spacy_sam.settings import DENSITY, LEAD, SCALE
 
 MERGES = {
     **{f"TIES, density {d}, scale {s}": make_ties(d, s) for d in (0.2, 0.5, 1.0) for s in (0.7, 1.0, 1.4, 2.0)},
@@ -73,7 +73,13 @@ def selection_rows() -> Dict[str, Any]:
     rows |= {f"{n} experts": r.eco(n) for n in (2, 3, 4, 5)}
     rows |= {f"weighted, temperature {t}": r.weighted(t) for t in TEMPERATURES}
     rows |= {f"weighted mean, temperature {t}": r.weighted(t, make_mean(1.0)) for t in TEMPERATURES}
-    return {**rows, "SaM": r.sam(), "adaptive": r.adaptive()}
+    return {**rows, "SaM": r.sam(), "SaM, lead": r.sam(lead=LEAD), "adaptive": r.adaptive()}
+
+
+def leads(places: List[r.Situation]) -> Dict[str, float]:
+    """At each place, how far the first expert by similarity is ahead of the second: what `lead` is compared with."""
+    scores = {at.target.name: at.selections()[0].scores for at in places}
+    return {name: round(ranked[0][1] - ranked[1][1], 3) for name, ranked in scores.items()}
 
 
 def main(
@@ -94,6 +100,8 @@ def main(
     new: List[r.Situation] = [NewDomain(predictions, t, 0, merge, domain) for domain, t in targets]
     known = [r.Situation(predictions, target, 0, merge) for _, target in targets]
     baselines = {card.name: r.one(card.name) for card in predictions.bank.baselines}
+    ahead = {"new": leads(new), "known": leads(known)}
+    print("Leads", ahead, flush=True)
     print("SaM-eco of three experts, the domain's own left out")
     merges = scan(new, {name: r.eco(merge=merge) for name, merge in MERGES.items()})
     print("Numbers of experts, the domain's own left out")
@@ -101,7 +109,8 @@ def main(
     print("The domain's own expert among them")
     own = scan(known, {**baselines, **selection_rows()})
     figures = {name: round(line["mean"], 4) for name, line in merges.items()}
-    details = {"limit": limit, "dtype": dtype, "new": {**merges, **counts}, "known": own}
+    figures |= {"largest lead, new": max(ahead["new"].values()), "smallest lead, known": min(ahead["known"].values())}
+    details = {"limit": limit, "dtype": dtype, "new": {**merges, **counts}, "known": own, "leads": ahead}
     print(write_results("tune", figures, **details))
 
 

@@ -10,7 +10,6 @@ SPANS_KEY = "sc"
 DENSITY, SCALE = 0.5, 0.5
 # Between the leads of experts in a domain that one of them knows (.31 and more) and in others (.16 and less): trial 30.
 LEAD = 0.25
-TEMPERATURE = 0.2  # of weights by similarity: trial 30
 MODES = ("stream", "once", "manual")
 Labels = Union[Sequence[str], Dict[str, str]]
 DEFAULT_CONFIG: Dict[str, Any] = {

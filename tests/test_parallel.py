@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from spacy_sam.bank import ExpertBank
 from spacy_sam.errors import SamError
-from spacy_sam.generate import parallel
+from spacy_sam.generate import parallel, torch_engine
 from spacy_sam.generate.engine import Request
 from spacy_sam.generate.guesses import BAR, InlineGuess, Line, LinesGuess
 from spacy_sam.generate.passes import Seq2SeqPasses
@@ -270,6 +270,22 @@ def test_out_of_memory_at_any_pass(other, monkeypatch, fail_at):
     other._guesses.clear()
     assert_same(other.generate(requests), expected)
     assert calls[fail_at + 1] == len(requests) // 2
+
+
+def test_a_text_is_tokenised_once_a_call(other, monkeypatch):
+    """However many texts and task models there are; what is kept from call to call is bounded."""
+    monkeypatch.setattr(torch_engine, "MAX_ROWS", 2)
+    monkeypatch.setattr(torch_engine, "MAX_GUESSES", 2)
+    body, asked = other.encoder.body, []
+    monkeypatch.setattr(other.encoder, "body", lambda text: asked.append(text) or body(text))
+    found = [f"some text {number}" for number in range(4)]
+    other.generate([])
+    other.generate([Request(TaskModelSpec(experts), LABELS, text) for experts in [(), ("expert0",)] for text in found])
+    assert sorted(asked) == found
+    assert len(other._guesses) == len(found)
+    other.generate([])
+    assert not other._rows
+    assert not other._guesses
 
 
 LINES_TEXT = "A | place, or the | of | a person"

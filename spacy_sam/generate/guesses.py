@@ -5,6 +5,7 @@ good, that one is mended, and the rest is guessed anew from what was there.
 """
 
 import copy
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import Any, Dict, List, NamedTuple, Optional, Protocol, Sequence, Tuple
 
@@ -57,7 +58,7 @@ class Guess(Protocol):
 
 
 @dataclass
-class _Settling:
+class _Settling(ABC):
     """What all guesses have: the most tokens of the answer, and the log-probabilities of decisions that are for good."""
 
     limit: int
@@ -85,8 +86,9 @@ class _Settling:
         self._mend(chosen)
         return False
 
+    @abstractmethod
     def _mend(self, chosen: Sequence[int]) -> None:
-        raise NotImplementedError
+        """Take over the model's choice at each decision, after the first wrong one."""
 
     def _cut(self, tokens: List[int]) -> None:
         """Keep to the limit."""

@@ -14,6 +14,7 @@ from ..plan import TaskModelSpec
 from ..prompts import PromptEncoder, make_format
 from ..quiet import quiet_loading
 from . import parallel, steps
+from .answers import answer_limit, read_completion
 from .batches import Batch, CausalBatch, Seq2SeqBatch, causal_step
 from .devices import end_ids, resolve_device, resolve_dtype
 from .engine import Completion, Request
@@ -23,8 +24,8 @@ from .tagging import TagEncoder, TagRow, find_tags, tag_batch, tag_logits, write
 
 logger = logging.getLogger("spacy_sam")
 MAX_PREFIXES = 32  # kept at a time, for pipelines that change their labels often
-MAX_ROWS = 1000  # tokenised prompts kept at a time, for other task models
-MAX_GUESSES = 10_000  # answers kept at a time, as first guesses of other task models
+MAX_ROWS = 1000  # tokenised prompts kept from call to call, for other task models
+MAX_GUESSES = 10_000  # answers kept from call to call, as first guesses of other task models
 
 
 class _Row(NamedTuple):
@@ -129,6 +130,11 @@ class TorchEngine:
         requests (Sequence[Request]): In any mixture; those of one task model and label set are run together.
         RETURNS (List[Completion]): In the order given.
         """
+        # Between calls alone, so that all task models of a large call find what the first one made.
+        if len(self._rows) > MAX_ROWS:
+            self._rows.clear()
+        if len(self._guesses) > MAX_GUESSES:
+            self._guesses.clear()
         asked = {request.labels for request in requests}
         prefixes = {labels: [] if self.tagger else self.encoder.prefix(labels) for labels in asked}
         groups: Dict[Tuple[str, Tuple[str, ...]], Tuple[_Group, List[_Row]]] = {}
@@ -145,8 +151,6 @@ class TorchEngine:
         """Several task models are mostly asked about the same texts: these are tokenised once."""
         key = (request.labels if self.tagger else (), request.text)
         if key not in self._rows:
-            if len(self._rows) >= MAX_ROWS:
-                self._rows.clear()
             tagged = self.tagger.row(*request[1:]) if self.tagger else None
             body = self.encoder.body(request.text) if tagged is None else tagged.ids
             self._rows[key] = _Row(place, body, request.text, tagged)
@@ -215,8 +219,7 @@ class TorchEngine:
         return len(row.body) if self.tagger else n_prefix + len(row.body) + self._limit(len(row.body), n_prefix)
 
     def _limit(self, n_body: int, n_prefix: int) -> int:
-        """Tokens an answer may have: entities are copied, so a short text has no long answer."""
-        return max(1, min(self.max_new_tokens, 3 * n_body + 16, self.context - n_prefix - n_body))
+        return answer_limit(n_body, self.context - n_prefix - n_body, self.max_new_tokens)
 
     @torch.inference_mode()
     def _decode(self, group: _Group, batch: List[_Row]) -> List[Completion]:
@@ -255,8 +258,6 @@ class TorchEngine:
             for row, limit, key in zip(batch, self._limits(group, batch), keys)
         ]
         parallel.decode(self.model, self._open_passes(group, batch), guesses, self.entity_bias)
-        if len(self._guesses) + len(batch) > MAX_GUESSES:
-            self._guesses.clear()
         self._guesses.update(zip(keys, (guess.content for guess in guesses)))
         return [self._completion(guess.tokens, guess.logprobs) for guess in guesses]
 
@@ -287,9 +288,4 @@ class TorchEngine:
         return self._prefixes[group.key]
 
     def _completion(self, tokens: List[int], logprobs: List[float]) -> Completion:
-        finished = bool(tokens) and tokens[-1] in self.end_ids
-        content = tokens[:-1] if finished else tokens
-        text, ends = self.encoder.decode(content)
-        if finished:
-            ends.append(len(text))
-        return Completion(text, tuple(logprobs), tuple(ends), finished)
+        return read_completion(self.encoder, tokens, logprobs, self.end_ids)

@@ -22,6 +22,7 @@ from ..merge.methods import MergeMethod
 from ..models import is_tagger
 from ..plan import TaskModelSpec
 from ..prompts import PromptEncoder, make_format
+from .answers import answer_limit, read_completion
 from .devices import DTYPES, end_ids
 from .engine import Completion, Request
 from .grammars import make_grammar
@@ -135,7 +136,7 @@ class VLLMEngine:
         prompts = [self._prompt(request, prefixes[request.labels], biases[request.labels]) for request in requests]
         self._use(requests[0].task_model)
         reply = self._ask(do="generate", prompts=prompts, end_ids=list(self.end_ids))
-        return [self._completion(answer["ids"], answer["logprobs"]) for answer in reply["answers"]]
+        return [read_completion(self.encoder, a["ids"], a["logprobs"], self.end_ids) for a in reply["answers"]]
 
     def _prompt(self, request: Request, prefix: List[int], bias: List[Tuple[int, float]]) -> Dict[str, Any]:
         """What the worker is told of a request."""
@@ -143,8 +144,7 @@ class VLLMEngine:
         n_prompt = len(prefix) + len(body)
         if n_prompt >= self.context:
             raise SamError("S505", n_tokens=n_prompt, context=self.context)
-        # Entities are copied, so a short text has no long answer.
-        limit = min(self.max_new_tokens, 3 * len(body) + 16, self.context - n_prompt)
+        limit = answer_limit(len(body), self.context - n_prompt, self.max_new_tokens)
         grammar = write_grammar(self.grammar, request.labels, request.text) if self.grammar is not None else None
         return {"ids": [*prefix, *body], "limit": limit, "grammar": grammar, "bias": bias}
 
@@ -166,13 +166,6 @@ class VLLMEngine:
         except BaseException:  # the worker is closed then
             self._active = self._worker = None
             raise
-
-    def _completion(self, tokens: List[int], logprobs: List[float]) -> Completion:
-        finished = bool(tokens) and tokens[-1] in self.end_ids
-        text, ends = self.encoder.decode(tokens[:-1] if finished else tokens)
-        if finished:
-            ends.append(len(text))
-        return Completion(text, tuple(logprobs), tuple(ends), finished)
 
 
 class Worker:

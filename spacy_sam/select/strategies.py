@@ -1,6 +1,6 @@
 """From rankings to a plan: the paper's two task models, and the cheaper one-model variant."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Dict, List, Optional, Protocol, Sequence, Tuple, runtime_checkable
 
 from ..errors import SamError, check_finite, check_whole
@@ -40,8 +40,8 @@ class SaM:
     def __call__(self, context: SelectionContext) -> Plan:
         """RAISES: SamError S301 or S302 if there is nothing to select from or on."""
         selections = run_selectors(self.selectors, context, self.n_experts)
-        alone = standing_alone(selections[0], self.lead)
-        chosen = dict.fromkeys([alone] if alone else [tuple(sorted(selection.chosen)) for selection in selections])
+        selections = leave_alone(selections, self.lead)
+        chosen = dict.fromkeys(tuple(sorted(selection.chosen)) for selection in selections)
         specs = [TaskModelSpec(experts, (), dict(self.merge.config)) for experts in chosen]
         return make_plan(self.name, specs, selections, context)
 
@@ -67,6 +67,7 @@ class SaMEco:
         """RAISES: SamError S301 or S302 if there is nothing to select from or on."""
         selections = run_selectors(self.selectors, context, self.n_experts)
         experts = standing_alone(selections[0], self.lead) or tuple(mean_rank(selections)[: self.n_experts])
+        selections = leave_alone(selections, self.lead)
         return make_plan(self.name, [TaskModelSpec(experts, (), dict(self.merge.config))], selections, context)
 
 
@@ -100,6 +101,12 @@ def standing_alone(selection: Selection, lead: Optional[float]) -> Tuple[str, ..
         return ()
     (name, best), (_, second) = selection.scores[:2]
     return (name,) if best - second >= lead else ()
+
+
+def leave_alone(selections: Sequence[Selection], lead: Optional[float]) -> List[Selection]:
+    """Selections as they are, or with the expert that stands alone as the only chosen one: what is shown is what is run."""
+    alone = standing_alone(selections[0], lead)
+    return [replace(selection, chosen=alone) for selection in selections] if alone else list(selections)
 
 
 def make_plan(
