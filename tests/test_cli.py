@@ -17,6 +17,7 @@ from spacy.tokens import DocBin
 from typer.main import get_command
 from typer.testing import CliRunner
 
+import spacy_sam.cli.bank_commands
 import spacy_sam.cli.commands  # noqa: F401 (registers the commands)
 from spacy_sam import evaluate as ev
 from spacy_sam.bank import ExpertBank
