@@ -55,6 +55,11 @@ MESSAGES = {
     "would change both. Train the expert without that layer.",
     "S405": "Expert '{expert}' changes '{matrix}', which the base keeps as {dtype}. Task vectors can only be added to "
     "weights in float16, bfloat16, float32 or float64: load a base that is not quantised.",
+    "S410": "Merging '{matrix}' gives values that {dtype} cannot hold. Lower the method's 'scale', load the base in a wider "
+    "dtype, or leave out the expert whose weight changes are that large.",
+    "S411": "The base at {path} cannot be merged tensor by tensor: {reason}.",
+    "S412": "The task model could not be written to {path} ({reason}). Nothing half-written is left there: "
+    "make room, and run it again.",
     # Generation
     "S501": "Device '{device}' is not available here: {reason}. Set 'device' to 'cpu', or leave it empty for the best.",
     "S502": "Unknown dtype '{dtype}'. Use one of: {known}.",

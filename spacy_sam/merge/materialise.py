@@ -11,6 +11,7 @@ from ..adapters import Adapter, LoraFactors
 from ..errors import SamError
 from ..plan import TaskModelSpec
 from .methods import Mean, MergeMethod
+from .streaming import add_rounded, can_stream, merge_by_tiles
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -28,12 +29,32 @@ def merged_deltas(
     YIELDS (Tuple[str, Tensor]): Name of the base's weight, and the merged dW in float32, in the base's layout.
     RAISES: SamError S402 if the experts disagree on a shape, S401 for weights that the method refuses.
     """
-    chosen = [adapters[name] for name in spec.experts]
-    for matrix in _matrices(chosen):
-        if len(chosen) == 1:
-            yield matrix, chosen[0].matrices[matrix].delta()
-        else:
-            yield matrix, method(_stack(chosen, matrix), spec.weights)
+    chosen = {name: adapters[name] for name in spec.experts}
+    if can_stream(method, len(chosen)):
+        yield from merge_by_tiles(chosen, spec.weights, method)
+        return
+    for matrix in _matrices(chosen.values()):
+        yield matrix, method(_stack(chosen.values(), matrix), spec.weights)
+
+
+def merged_weights(
+    adapters: Mapping[str, Adapter],
+    spec: TaskModelSpec,
+    method: MergeMethod,
+    original: Callable[[str], Tensor],
+) -> Iterator[Tuple[str, Tensor]]:
+    """Base + merged task vector, computed in float32 and rounded once to the base's dtype, one matrix at a time.
+
+    original (Callable): Gives the base's weight of a name; it is not changed.
+    YIELDS (Tuple[str, Tensor]): Name, and new weight. Other arguments as in `merged_deltas`.
+    RAISES: SamError S410 if the base's dtype cannot hold a value, and what `merged_deltas` raises.
+    """
+    chosen = {name: adapters[name] for name in spec.experts}
+    if can_stream(method, len(chosen)):
+        yield from merge_by_tiles(chosen, spec.weights, method, original)
+        return
+    for matrix, delta in merged_deltas(adapters, spec, method):
+        yield matrix, add_rounded(original(matrix), delta, matrix)
 
 
 class WeightSwitch:
@@ -121,10 +142,7 @@ class WeightSwitch:
         """Yield the merged weights one by one, and remember them at the end if there is memory for them."""
         merged: Dict[str, Tensor] = {}
         fits = self._make_room(sum(self._parameters[matrix].nbytes for matrix in _matrices(adapters.values())))
-        for matrix, delta in merged_deltas(adapters, spec, method):
-            original = self._original(matrix)
-            # A sum of two dtypes is computed in the wider one, so this rounds once, at the end.
-            weight = (original + delta.to(original.device)).to(original.dtype)
+        for matrix, weight in merged_weights(adapters, spec, method, self._original):
             if fits:
                 merged[matrix] = weight
             yield matrix, weight

@@ -16,6 +16,8 @@ from torch import Tensor
 
 from ..errors import SamError
 
+TRIMS = ("matrix", "global")
+
 
 @runtime_checkable
 class MergeMethod(Protocol):
@@ -29,18 +31,29 @@ class MergeMethod(Protocol):
 
 @dataclass(frozen=True)
 class Ties:
-    """TIES; see `ties`. RAISES: SamError S401 for a bad density or scale."""
+    """TIES; see `ties`.
+
+    trim: "matrix" keeps a share of each matrix. "global" keeps a share of each expert's whole task vector, as the
+        paper does: of all matrices together that any of the experts changes, those of equal magnitude at the border in
+        their order. `merge.streaming` finds the borders; a call merges a stack of whole, flattened task vectors.
+    RAISES: SamError S401 for a bad density, scale or trim.
+    """
 
     density: float = 0.2
     scale: float = 1.0
+    trim: str = "matrix"
 
     def __post_init__(self) -> None:
         _check_density(self.density)
         _check_scale(self.scale)
+        if self.trim not in TRIMS:
+            raise SamError("S401", name="trim", expected=f"one of {TRIMS}", found=repr(self.trim))
 
     @property
     def config(self) -> Dict[str, Any]:
-        return {"@misc": "spacy_sam.TIES.v1", "density": self.density, "scale": self.scale}
+        """Without the default of `trim`, so that plans from before there was a choice stay the same."""
+        chosen = {} if self.trim == "matrix" else {"trim": self.trim}
+        return {"@misc": "spacy_sam.TIES.v1", "density": self.density, "scale": self.scale, **chosen}
 
     def __call__(self, task_vectors: Tensor, weights: Optional[Sequence[float]] = None) -> Tensor:
         return ties(task_vectors, weights, self.density, self.scale)
@@ -254,14 +267,22 @@ def _as_stack(task_vectors: Tensor) -> Tensor:
 
 
 def _relative_weights(weights: Optional[Sequence[float]], vectors: Tensor) -> List[float]:
-    """Divide by a power of two, so that the largest is in [0.5, 1): exact, and no size of weights overflows float32."""
-    given = [1.0] * len(vectors) if weights is None else [float(weight) for weight in weights]
-    if len(given) != len(vectors) or not all(math.isfinite(weight) and weight > 0 for weight in given):
-        expected = f"{len(vectors)} finite numbers above 0"
-        raise SamError("S401", name="weights", expected=expected, found=given)
+    return relative_weights(weights, len(vectors), vectors.dtype)
+
+
+def relative_weights(
+    weights: Optional[Sequence[float]], n_experts: int, dtype: torch.dtype = torch.float32
+) -> List[float]:
+    """Divide by a power of two, so that the largest is in [0.5, 1): exact, and no size of weights overflows float32.
+
+    RAISES: SamError S401 unless there are `n_experts` finite weights above 0.
+    """
+    given = [1.0] * n_experts if weights is None else [float(weight) for weight in weights]
+    if len(given) != n_experts or not all(math.isfinite(weight) and weight > 0 for weight in given):
+        raise SamError("S401", name="weights", expected=f"{n_experts} finite numbers above 0", found=given)
     exponent = math.frexp(max(given))[1]
     # A weight that the dtype would round to 0 would make 0 / 0 of the entries that its expert alone decides.
-    smallest = torch.finfo(vectors.dtype).eps ** 2
+    smallest = torch.finfo(dtype).eps ** 2
     return [max(math.ldexp(weight, -exponent), smallest) for weight in given]
 
 
