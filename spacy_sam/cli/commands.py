@@ -96,19 +96,28 @@ def merge_cli(
     plan: Path = typer.Argument(..., help="Plan from `sam select`."),
     out: Path = typer.Argument(..., help="Folder for the merged models."),
     bank: Optional[Path] = BankOption,
+    dtype: Optional[str] = typer.Option(None, help="float32, bfloat16 or float16. Default: as the base is stored."),
+    max_shard_size: float = typer.Option(5.0, min=0.000001, help="Gigabytes of weights in a file."),
 ) -> None:
-    """Write each task model of a plan as a plain model folder that transformers loads.
+    """Write each task model of a plan as a plain model folder that transformers loads, tensor by tensor.
 
     Example: python -m spacy sam merge plan.json merged/
     """
+    import torch
+
     from ..bank import ExpertBank, bundled_bank_path
+    from ..generate.devices import resolve_dtype
     from ..merge.export import write_task_models
     from ..plan import Plan
     from ..registered import resolve_method
 
     with mendable():
         opened = ExpertBank(bank or bundled_bank_path())
-        for folder, spec in write_task_models(opened, Plan.from_disk(plan), out, resolve_method):
+        number_format = resolve_dtype(dtype, torch.device("cpu")) if dtype else None
+        n_bytes = int(max_shard_size * 1e9)
+        for folder, spec in write_task_models(
+            opened, Plan.from_disk(plan), out, resolve_method, n_bytes, number_format
+        ):
             msg.good(f"{spec.name}: {folder}")
 
 

@@ -3,13 +3,12 @@
 import os
 import re
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any, Callable, Dict
 
 from ..bank import ExpertBank
 from ..plan import Plan, TaskModelSpec
-from .export import write_task_models
+from .export import write_task_model
 from .methods import MergeMethod
 
 NAME = re.compile(r"[0-9a-f]{16}")  # of a plan's fingerprint
@@ -50,7 +49,7 @@ class TaskModelFolders:
         folder = self.root / plan.fingerprint
         if not folder.is_dir():
             self._make_room()
-            self._write(plan, folder)
+            write_task_model(self.bank, plan, folder, self.resolve, keep_existing=True)
         os.utime(folder)
         return folder
 
@@ -62,17 +61,3 @@ class TaskModelFolders:
         kept.sort(key=lambda path: path.stat().st_mtime)
         for path in kept[: max(0, len(kept) + 1 - self.max_kept)]:
             shutil.rmtree(path)
-
-    def _write(self, plan: Plan, folder: Path) -> None:
-        """Write beside and rename, so that a folder with a task model's name is whole."""
-        self.root.mkdir(parents=True, exist_ok=True)
-        staged = Path(tempfile.mkdtemp(prefix=".writing-", dir=self.root))
-        try:
-            for written, _ in write_task_models(self.bank, plan, staged, self.resolve):
-                try:
-                    os.replace(written, folder)
-                except OSError:
-                    if not folder.is_dir():  # another process was quicker
-                        raise
-        finally:
-            shutil.rmtree(staged, ignore_errors=True)

@@ -2,7 +2,7 @@
 
 from collections import OrderedDict
 from dataclasses import replace
-from typing import Any, Callable, Dict, Iterable, Iterator, List, Mapping, Set, Tuple
+from typing import Any, Callable, Dict, Generator, Iterable, Iterator, List, Mapping, Optional, Sequence, Set, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -11,13 +11,16 @@ from ..adapters import Adapter, LoraFactors
 from ..errors import SamError
 from ..plan import TaskModelSpec
 from .methods import Mean, MergeMethod
-from .streaming import add_rounded, can_stream, merge_by_tiles
+from .streaming import add_rounded, can_stream, changed_matrices, merge_by_tiles
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def merged_deltas(
-    adapters: Mapping[str, Adapter], spec: TaskModelSpec, method: MergeMethod
+    adapters: Mapping[str, Adapter],
+    spec: TaskModelSpec,
+    method: MergeMethod,
+    order: Optional[Sequence[str]] = None,
 ) -> Iterator[Tuple[str, Tensor]]:
     """Merge the task vectors of a task model, one matrix at a time: only one is dense at any moment.
 
@@ -26,14 +29,15 @@ def merged_deltas(
     adapters (Mapping[str, Adapter]): The adapters of `spec.experts`, by name.
     spec (TaskModelSpec): Experts and weights; no experts, no matrices.
     method (MergeMethod): The merge of one matrix.
+    order (Optional[Sequence[str]]): Names of all changed matrices, as they shall be yielded; None for that of the adapters.
     YIELDS (Tuple[str, Tensor]): Name of the base's weight, and the merged dW in float32, in the base's layout.
     RAISES: SamError S402 if the experts disagree on a shape, S401 for weights that the method refuses.
     """
     chosen = {name: adapters[name] for name in spec.experts}
     if can_stream(method, len(chosen)):
-        yield from merge_by_tiles(chosen, spec.weights, method)
+        yield from merge_by_tiles(chosen, spec.weights, method, order=order)
         return
-    for matrix in _matrices(chosen.values()):
+    for matrix in changed_matrices(chosen.values()) if order is None else order:
         yield matrix, method(_stack(chosen.values(), matrix), spec.weights)
 
 
@@ -42,7 +46,8 @@ def merged_weights(
     spec: TaskModelSpec,
     method: MergeMethod,
     original: Callable[[str], Tensor],
-) -> Iterator[Tuple[str, Tensor]]:
+    order: Optional[Sequence[str]] = None,
+) -> Generator[Tuple[str, Tensor], None, None]:
     """Base + merged task vector, computed in float32 and rounded once to the base's dtype, one matrix at a time.
 
     original (Callable): Gives the base's weight of a name; it is not changed.
@@ -51,9 +56,9 @@ def merged_weights(
     """
     chosen = {name: adapters[name] for name in spec.experts}
     if can_stream(method, len(chosen)):
-        yield from merge_by_tiles(chosen, spec.weights, method, original)
+        yield from merge_by_tiles(chosen, spec.weights, method, original, order)
         return
-    for matrix, delta in merged_deltas(adapters, spec, method):
+    for matrix, delta in merged_deltas(adapters, spec, method, order):
         yield matrix, add_rounded(original(matrix), delta, matrix)
 
 
@@ -81,7 +86,7 @@ class WeightSwitch:
             that does not fit alone is merged anew each time.
         """
         self._parameters = dict(model.named_parameters(remove_duplicate=False))
-        self._ties = _tied_names(self._parameters)
+        self._ties = tied_names(self._parameters)
         self._load_adapter = load_adapter
         self._resolve = resolve
         self._max_cache_bytes = max_cache_bytes
@@ -116,7 +121,7 @@ class WeightSwitch:
             return
         adapters = {name: self._read(name) for name in spec.experts}
         method = self._resolve(spec.method) if len(adapters) > 1 else Mean()
-        self._write(spec, _matrices(adapters.values()), self._merge(adapters, spec, method))
+        self._write(spec, changed_matrices(adapters.values()), self._merge(adapters, spec, method))
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -127,13 +132,7 @@ class WeightSwitch:
     def _read(self, name: str) -> Adapter:
         """Read an expert, check that it can be merged here, and put its factors where the weights are."""
         adapter = self._load_adapter(name)
-        for matrix in adapter.matrices:
-            parameter = self._parameters.get(matrix)
-            if parameter is not None and parameter.dtype not in FLOATS:
-                raise SamError("S405", expert=name, matrix=matrix, dtype=parameter.dtype)
-            if matrix in self._ties:
-                raise SamError("S404", expert=name, matrix=matrix, other=self._ties[matrix])
-        adapter.check_shapes({key: tuple(parameter.shape) for key, parameter in self._parameters.items()}, name)
+        check_mergeable(adapter, name, self._parameters, self._ties)
         return Adapter({key: _placed(factors, self._parameters[key]) for key, factors in adapter.matrices.items()})
 
     def _merge(
@@ -141,7 +140,7 @@ class WeightSwitch:
     ) -> Iterator[Tuple[str, Tensor]]:
         """Yield the merged weights one by one, and remember them at the end if there is memory for them."""
         merged: Dict[str, Tensor] = {}
-        fits = self._make_room(sum(self._parameters[matrix].nbytes for matrix in _matrices(adapters.values())))
+        fits = self._make_room(sum(self._parameters[matrix].nbytes for matrix in changed_matrices(adapters.values())))
         for matrix, weight in merged_weights(adapters, spec, method, self._original):
             if fits:
                 merged[matrix] = weight
@@ -181,9 +180,20 @@ class WeightSwitch:
         return True
 
 
-def _matrices(adapters: Iterable[Adapter]) -> List[str]:
-    """All matrices that any of them changes, each once, in the order of the adapters."""
-    return list(dict.fromkeys(matrix for adapter in adapters for matrix in adapter.matrices))
+def check_mergeable(adapter: Adapter, name: str, parameters: Mapping[str, Tensor], ties: Mapping[str, str]) -> None:
+    """Check that an expert can be merged into a base.
+
+    parameters (Mapping[str, Tensor]): The base's, under all their names.
+    ties (Mapping[str, str]): Another name of each that has several; see `tied_names`.
+    RAISES: SamError S405 (quantised weight), S404 (tied weight), S403 (no such weight) or S107 (other shape).
+    """
+    for matrix in adapter.matrices:
+        parameter = parameters.get(matrix)
+        if parameter is not None and parameter.dtype not in FLOATS:
+            raise SamError("S405", expert=name, matrix=matrix, dtype=parameter.dtype)
+        if matrix in ties:
+            raise SamError("S404", expert=name, matrix=matrix, other=ties[matrix])
+    adapter.check_shapes({key: tuple(parameter.shape) for key, parameter in parameters.items()}, name)
 
 
 def _stack(adapters: Iterable[Adapter], matrix: str) -> Tensor:
@@ -206,7 +216,7 @@ def _placed(factors: LoraFactors, parameter: Tensor) -> LoraFactors:
     return replace(factors, a=factors.a.to(device), b=factors.b.to(device))
 
 
-def _tied_names(parameters: Mapping[str, Tensor]) -> Dict[str, str]:
+def tied_names(parameters: Mapping[str, Tensor]) -> Dict[str, str]:
     """For each parameter that has several names, or that shares its memory: another name of it."""
     groups: Dict[Tuple[torch.device, int], List[str]] = {}
     for name, parameter in parameters.items():
