@@ -35,7 +35,7 @@ PLAIN_INIT = (True, False, None, "gaussian", "eva", "orthogonal")  # the others 
 
 
 # Entries of a tile: on a CPU a core's cache holds the few that a merge needs, on a GPU one is worth a kernel's start.
-TILE_SIZE, GPU_TILE_SIZE = 1 << 17, 1 << 20
+TILE_SIZE, GPU_TILE_SIZE = 1 << 18, 1 << 20
 
 
 @dataclass(frozen=True)
