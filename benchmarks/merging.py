@@ -4,6 +4,7 @@ Example: python -m benchmarks.merging
 """
 
 import time
+from importlib.metadata import version
 from typing import Any, Dict, List
 
 import torch
@@ -20,22 +21,28 @@ from spacy_sam.settings import DENSITY, SCALE
 N_SAMPLE, N_RUNS = 10, 5
 SVD_SHAPE = (1024, 4096)
 NOTES = {
-    "ties/peft": "Time of peft.utils.merge_utils.ties on dense dW that are given, divided by the time of ours, which makes dW "
-    "from the factors; three random experts of rank 16, density .2, runs in turns, medians; the smallest of the shapes.",
-    "ties_svd/peft": "peft add_weighted_adapter('ties_svd', svd_rank=16) on one linear layer of 1024 x 4096, divided by ours into "
-    "its weight. A smaller layer than the others, for peft's singular values. peft's result has rank 16, ours is TIES itself.",
-    "peak_matrices": "Resident memory from before the merge to its highest, in float32 matrices of 4096 x 14336, in a process of "
-    "its own; the result is counted, factors and base are not. peft's is from before it has dense dW.",
-    "select_merge_s": "From a loaded pipeline with a sample of ten new texts to the first document annotated: six single experts, "
-    "selection, and the merges of up to two task models. Encoder and engine are loaded before, and no merged weights are "
-    "cached; median of 5.",
+    "ties/peft": "Time of peft.utils.merge_utils.ties on dense dW that are given, divided by the time of ours, which "
+    "makes dW from the factors; three random experts of rank 16, density .2, runs in turns, medians; the "
+    "smallest of the shapes. The results are equal but for entries of equal magnitude at the border, of "
+    "which peft keeps any.",
+    "ties_svd/peft": "peft add_weighted_adapter('ties_svd', svd_rank=16) on one linear layer of 1024 x 4096, divided by "
+    "ours into its weight. The layer is small for the sake of peft's singular values. peft's result has "
+    "rank 16, ours is TIES itself.",
+    "peak_matrices": "Resident memory from before the merge to its highest, in float32 matrices of 4096 x 14336, in a "
+    "process of its own; the result is counted, factors and base are not. peft's is from before it has "
+    "dense dW.",
+    "select_merge_s": "From a loaded pipeline with a sample of ten new texts to the first document annotated: six single "
+    "experts on the sample, selection, the merges of up to two task models. Encoder and engine are loaded"
+    " before, and no merged weights are cached; median of 5.",
     "switch_ms": "Between two task models whose merged weights are cached, bundled bank, median.",
-    "floor_share": "A merge must at least read the base and write the result. Time of copying a float32 matrix, divided by the "
-    "time of our merge to float32, over all matrices of the 8B model: the share of the memory's speed that is reached.",
-    "8B": "Seconds of a matrix times the number of such matrices in a Llama of 8 B parameters; base and result in bfloat16, "
-    "without reading and writing files. The floor is the time of copying them. peft's ends with dW in float32.",
-    "mergekit": "mergekit 0.1.5, only if it is installed: its trimming sorts all entries. Its functions on dense dW, as "
-    "for peft, one run. Its LoRA path also writes each expert as a whole model first, which is not counted.",
+    "floor_share": "A merge must at least read the base and write the result. Time of copying a float32 matrix, divided "
+    "by the time of our merge to float32, over all matrices of the 8B model: the share of the memory's "
+    "speed that is reached.",
+    "8B": "Seconds of a matrix times the number of such matrices in a Llama of 8 B parameters; base and result "
+    "in bfloat16, without reading and writing files. The floor is the time of copying them. peft's ends "
+    "with dW in float32.",
+    "mergekit": "Only if it is installed. Its functions on dense dW, as for peft, one run; its trimming sorts all "
+    "entries. Its LoRA path also writes each expert as a whole model first, which is not counted.",
 }
 
 
@@ -119,6 +126,7 @@ def main(
         details["thresholds_seconds"] = _rounded(costs.compare_thresholds(costs.LARGEST))
     if costs.has_mergekit():
         details["mergekit_seconds"] = _rounded(_mergekit(device))
+        details["mergekit_version"] = version("mergekit")
     print(write_results(name, figures, **details))
     print(figures)
 

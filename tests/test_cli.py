@@ -260,6 +260,20 @@ def test_cli_merge(run, plan_path, tiny_bank_path, tmp_path):
     assert AutoTokenizer.from_pretrained(tmp_path / "merged" / "task_model_1").eos_token == "<|end|>"
 
 
+def test_cli_merge_in_another_dtype_and_in_shards(run, plan_path, tiny_bank_path, tmp_path):
+    from safetensors.torch import load_file
+
+    options = ["--dtype", "bfloat16", "--max-shard-size", "0.00002"]
+    result = run("merge", plan_path, tmp_path / "merged", "-b", tiny_bank_path, *options)
+    assert result.exit_code == 0, result.output
+    files = sorted((tmp_path / "merged" / "task_model_1").glob("model-*.safetensors"))
+    assert len(files) > 2
+    assert {str(tensor.dtype) for file in files for tensor in load_file(file).values()} == {"torch.bfloat16"}
+    result = run("merge", plan_path, tmp_path / "other", "-b", tiny_bank_path, "--dtype", "int8")
+    assert "S502" in result.output
+    assert not (tmp_path / "other").exists()
+
+
 def test_cli_report(run, corpus, plan_path, tiny_bank_path, tmp_path):
     page = tmp_path / "new" / "page.html"
     result = run("report", corpus, page, "-b", tiny_bank_path, "--plan", plan_path, "--limit", 2)
