@@ -3,6 +3,7 @@
 Example: python -m benchmarks.merging
 """
 
+import math
 import time
 from importlib.metadata import version
 from typing import Any, Dict, List
@@ -19,6 +20,7 @@ from spacy_sam.plan import TaskModelSpec
 from spacy_sam.settings import DENSITY, SCALE
 
 N_SAMPLE, N_RUNS = 10, 5
+SMALL, SMALL_RUNS = 1 << 23, 7  # entries of a matrix; runs for each run of a large one
 SVD_SHAPE = (1024, 4096)
 NOTES = {
     "ties/peft": "Time of peft.utils.merge_utils.ties on dense dW that are given, divided by the time of ours, which "
@@ -50,7 +52,9 @@ def measure_shapes(device: str, repeats: int) -> Dict[str, Dict[str, float]]:
     """Seconds by shape and way."""
     found = {}
     for shape in costs.SHAPES:
-        found[f"{shape[0]} x {shape[1]}"] = costs.compare_with_peft(shape, device, repeats)
+        # Merging a small one takes as long as a short break of the machine: more runs, which cost little.
+        runs = repeats if math.prod(shape) > SMALL else SMALL_RUNS * repeats
+        found[f"{shape[0]} x {shape[1]}"] = costs.compare_with_peft(shape, device, runs)
         print(shape, {name: round(value, 4) for name, value in found[f"{shape[0]} x {shape[1]}"].items()})
     return found
 
