@@ -118,7 +118,7 @@ def test_choices_that_take_turns_come_to_an_end(engine, monkeypatch):
         answers = decide(*args)
         rows = args[2]
         turned = [
-            [(choice + len(passes)) % len(d.allowed) for choice, d in zip(chosen, row.decisions)]
+            [(choice + len(passes)) % len(d.allowed) for choice, d in zip(chosen, row.open)]
             for row, (chosen, _) in zip(rows, answers)
         ]
         return [(chosen, scores) for chosen, (_, scores) in zip(turned, answers)]
