@@ -255,7 +255,8 @@ class LinesGuess(_Settling):
     def _mend_line(self, before: Sequence[Line], line: Line, depth: int, token: int) -> Line:
         """A whole line that begins as this one does up to the wrong token, and goes on with the right one."""
         begin = [*(*line.surface, *line.label)[:depth], token]
-        for n in (len(line.surface), depth):
+        # The text may hold what separates surface and label, so that the surface ends before the guessed one does.
+        for n in (len(line.surface), *range(depth, 0, -1)):
             ending = tuple(begin[n:])
             if ending and _leads_to(self.labels, ending) and self._after(before, begin[:n]).at_word_end:
                 label = line.label if line.label[: len(ending)] == ending else _path(self.labels, ending)
