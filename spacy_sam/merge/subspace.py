@@ -17,6 +17,7 @@ from torch import Tensor
 from ..adapters import LoraFactors
 from ..errors import SamError
 from .factors import (
+    ROUNDING,
     Low,
     Svd,
     from_svd,
@@ -31,7 +32,6 @@ from .stacks import check_density, check_scale, is_number, mean_one
 
 # Bases of the experts' own factors keep every direction that float64 can tell from 0.
 FACTOR_ROUNDING = 1e-10
-COORDINATE_ROUNDING = 1e-12
 
 
 @dataclass(frozen=True)
@@ -248,7 +248,7 @@ def core_space(
 def _without_rounding(coordinates: Tensor) -> Tensor:
     """What is 0 but for rounding is 0: an expert without a part in a direction has no say and no count in an election there."""
     largest = coordinates.abs().max() if coordinates.numel() else 0
-    return torch.where(coordinates.abs() > COORDINATE_ROUNDING * largest, coordinates, 0)
+    return torch.where(coordinates.abs() > ROUNDING * largest, coordinates, 0)
 
 
 def _side_by_side(parts: List[Svd], shares: Sequence[float]) -> Svd:
