@@ -55,6 +55,10 @@ MESSAGES = {
     "would change both. Train the expert without that layer.",
     "S405": "Expert '{expert}' changes '{matrix}', which the base keeps as {dtype}. Task vectors can only be added to "
     "weights in float16, bfloat16, float32 or float64: load a base that is not quantised.",
+    "S413": "Version {version} of expert '{name}' cannot be merged any more: {reason}. Select again "
+    "(nlp.get_pipe('sam_ner').select(texts), or spacy sam select), or add that version of the expert again.",
+    "S414": "The cache of merged weights {path} cannot be used: {reason}. Give a folder that can be written to as 'cache_dir', "
+    "or leave the setting empty.",
     # Generation
     "S501": "Device '{device}' is not available here: {reason}. Set 'device' to 'cpu', or leave it empty for the best.",
     "S502": "Unknown dtype '{dtype}'. Use one of: {known}.",
@@ -86,6 +90,9 @@ MESSAGES = {
     "S702": "'{setting}' of sam_ner must be {expected}, got {found}.",
     "S703": "Select in the main process first: nlp.get_pipe('{name}').select(texts). A worker of n_process > 1 sees only its "
     "own batch of the stream, so it does not select.",
+    "S704": "The bank at {path} was made anew while it was in use, with another base, prompt format or encoder. "
+    "Load the pipeline again.",
+    "S705": "The bank at {path} was changed {times} times while experts were selected from it. Select again when it is at rest.",
     # Command line and evaluation
     "S801": "No documents in {path}.",
     "S802": "{problem}",
