@@ -273,6 +273,13 @@ class ExpertBank:
             if self.adapter_hash(name) != known:
                 raise SamError("S116", name=name)
 
+    def read_card(self, folder: Path, name: str) -> Expert:
+        """The card of an expert that may become one of this bank. RAISES: SamError S104 without one, S102 if it is damaged."""
+        file = folder / CARD_FILE
+        if not file.is_file():
+            raise SamError("S104", name=name, path=file)
+        return from_json(Expert, _read_json(file), "S102", path=file)
+
     def add(self, name: str, adapter: Union[str, Path], card: Expert) -> None:
         """Copy an adapter folder into the bank under `name`. No other expert is touched.
 
@@ -355,9 +362,7 @@ class ExpertBank:
         if not NAME.fullmatch(name):
             raise SamError("S114", name=name)
         folder = _inside(self.path, name)
-        if not (folder / CARD_FILE).is_file():
-            raise SamError("S104", name=name, path=folder / CARD_FILE)
-        card = from_json(Expert, _read_json(folder / CARD_FILE), "S102", path=folder / CARD_FILE)
+        card = self.read_card(folder, name)
         if card.name != name:
             raise SamError("S102", path=folder / CARD_FILE, reason=f"it is the card of '{card.name}'")
         if card.base_hash != self.base_hash:

@@ -4,13 +4,13 @@ import json
 import logging
 import os
 import re
-import tempfile
 import time
 import zlib
 from collections import OrderedDict
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, Dict, Iterable, Iterator, List, Mapping, Optional, Tuple
+from uuid import uuid4
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -224,8 +224,8 @@ class _Writer:
         self._path: Optional[Path] = None
         self._file: Optional[IO[bytes]] = None
         with self._warning():
-            number, path = tempfile.mkstemp(prefix=STAGED, dir=folder)
-            self._path, self._file = Path(path), os.fdopen(number, "wb")
+            self._path = folder / f"{STAGED}{uuid4().hex}"
+            self._file = self._path.open("xb")
 
     def put(self, matrix: str, weight: Tensor) -> None:
         if self._file is None:

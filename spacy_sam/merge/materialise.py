@@ -1,6 +1,5 @@
 """Task models in a loaded model: merged weights are put into its parameters in place, and taken out again."""
 
-import logging
 from dataclasses import replace
 from typing import Any, Callable, Dict, Iterable, Iterator, List, Mapping, Optional, Set, Tuple
 
@@ -14,7 +13,6 @@ from ..plan import TaskModelSpec, fingerprint
 from .cache import Damaged, MemoryCache, MergedCache
 from .methods import Mean, MergeMethod
 
-logger = logging.getLogger("spacy_sam")
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
