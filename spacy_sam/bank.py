@@ -1,22 +1,25 @@
 """The bank on disk: open, validate, list, add and remove experts. Only JSON and safetensors are read."""
 
-import hashlib
+import copy
 import json
 import os
 import re
 import shutil
 import tempfile
+import threading
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Mapping, Optional, Tuple, Union
 
 from .adapters import CONFIG_FILE, WEIGHTS_FILE, Adapter, hash_adapter, read_adapter, read_adapter_config
+from .bases import base_shapes, hash_base, hub_hash
 from .errors import SamError
-from .plan import Expert, Plan, Strict, from_json, to_json
+from .locks import ProcessLock
+from .plan import Expert, Plan, Strict, TaskModelSpec, from_json, to_json
+from .versions import CARD_FILE, AdapterVersions, Changes, Signature, compare, signature
 
 SCHEMA_VERSION = 1
-BANK_FILE, CARD_FILE, EXPERTS_DIR = "bank.json", "card.json", "experts"
-TOKENIZER_FILE = "tokenizer.json"
+BANK_FILE, EXPERTS_DIR = "bank.json", "experts"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 
 
@@ -43,7 +46,8 @@ class BankFile(Strict):
 class ExpertBank:
     """A folder of LoRA experts that share one base and one prompt format.
 
-    Opening reads the cards and checks every adapter's config, not its weights: `check` and `load_adapter` do that.
+    Opening reads the cards and checks every adapter's config, not its weights: `check` and `load_adapter` do that. Threads may
+    use one bank at a time, and change it. What other processes change is seen by `refresh`.
     """
 
     def __init__(self, path: Union[str, Path]) -> None:
@@ -53,8 +57,12 @@ class ExpertBank:
         RAISES: SamError S101 to S106 if it is missing, damaged, of another version, or holds what cannot be merged.
         """
         self.path = Path(path)
+        self._lock = ProcessLock()
+        self._versions = AdapterVersions(read_adapter, hash_adapter)
+        self._fixed: Optional[Dict[str, str]] = None  # of a snapshot: the versions that were asked for
         self._file = _read_bank_file(self.path)
-        self._cards = {name: self._read_card(name) for name in self._file.experts}
+        # Never changed in place: who reads them in another thread goes on with the ones there were.
+        self._file, self._cards, self._signatures = self._read_experts(self._file)
 
     @classmethod
     def create(
@@ -78,7 +86,7 @@ class ExpertBank:
         path.mkdir(parents=True, exist_ok=True)
         inside = path / base
         local = next((folder for folder in (inside, Path(base)) if folder.is_dir()), None)
-        base_hash = hash_base(local) if local else _hub_hash(base, revision)
+        base_hash = hash_base(local) if local else hub_hash(base, revision)
         file = BankFile(
             base, base_hash, dict(prompt), encoder, revision=revision, name=name, details=dict(details or {})
         )
@@ -121,9 +129,10 @@ class ExpertBank:
 
     @entity_bias.setter
     def entity_bias(self, logits: float) -> None:
-        file = _read_bank_file(self.path)  # again: another process may have changed the bank since it was opened
-        self._file = replace(file, decoding={**file.decoding, "entity_bias": logits})
-        write_json(self.path / BANK_FILE, to_json(self._file))
+        with self._lock.held():
+            file = _read_bank_file(self.path)  # again: another process may have changed the bank since it was opened
+            self._file = replace(file, decoding={**file.decoding, "entity_bias": logits})
+            write_json(self.path / BANK_FILE, to_json(self._file))
 
     @property
     def base(self) -> Tuple[str, Optional[str]]:
@@ -153,12 +162,83 @@ class ExpertBank:
         return _inside(self.path, name)
 
     def adapter_hash(self, name: str) -> str:
-        """Content hash of an expert's weights and config."""
-        return hash_adapter(self.folder(name))
+        """Content hash of an expert's weights and config. RAISES: SamError S104 or S108 if the expert is gone."""
+        if self._fixed is None:
+            return self._versions.on_disk(self.folder(name), name)
+        if name not in self._fixed:
+            self._fixed[name] = self._versions.on_disk(self.folder(name), name)
+        return self._fixed[name]
 
-    def load_adapter(self, name: str) -> Adapter:
-        """Read an expert's factors. RAISES: SamError S106 or S107 if they cannot be merged or are damaged."""
-        return read_adapter(self.folder(name), name)
+    def load_adapter(self, name: str, adapter_hash: Optional[str] = None) -> Adapter:
+        """An expert's factors.
+
+        adapter_hash (Optional[str]): The version that is wanted; it is found in memory if somebody still holds it. None for what
+            the folder has.
+        RAISES: SamError S106 or S107 if they cannot be merged or are damaged, S413 if the bank has another version by now.
+        """
+        wanted = adapter_hash or (self._fixed or {}).get(name)
+        if wanted is None:
+            return read_adapter(self.folder(name), name)
+        return self._versions.load(lambda: self.folder(name), name, wanted)
+
+    def of_versions(self, spec: TaskModelSpec) -> TaskModelSpec:
+        """A task model that says the versions of its experts: these are the bank's, unless it said them already."""
+        if spec.adapter_hashes:
+            return spec
+        return spec.of_versions({name: self.adapter_hash(name) for name in spec.experts})
+
+    def hold(self, plan: Plan) -> Dict[str, Adapter]:
+        """Read the experts of a plan into memory.
+
+        RETURNS (Dict[str, Adapter]): By name. As long as it is kept, `load_adapter` finds these versions, whatever happens to the
+            folder.
+        RAISES: As `load_adapter`.
+        """
+        return {name: self.load_adapter(name, version) for name, version in plan.adapter_hashes.items()}
+
+    def snapshot(self, adapter_hashes: Optional[Mapping[str, str]] = None) -> "ExpertBank":
+        """The bank as it is now, which stays so when this one is changed: its cards, and each version it was once asked for.
+
+        Adapters are still read from the folder when they are loaded, and S413 raised if they were changed by then.
+
+        adapter_hashes (Optional[Mapping[str, str]]): Versions it shall have, by name of the expert, such as a plan's.
+        """
+        snapshot = copy.copy(self)
+        snapshot._fixed = dict(adapter_hashes or {})
+        return snapshot
+
+    def has_moved(self, snapshot: "ExpertBank") -> bool:
+        """Whether the bank was changed since the snapshot, here or on disk; it is refreshed then."""
+        self.refresh()
+        return self._cards is not snapshot._cards
+
+    def refresh(self) -> Changes:
+        """Read `bank.json` and the cards again, to see what other processes have changed.
+
+        RETURNS (Changes): What is different.
+        RAISES: SamError S101 to S106 as on opening, S704 if it has another base or prompt format. The bank is then as it was.
+        """
+        with self._lock.held():
+            file = _read_bank_file(self.path)
+            if _identity(file) != _identity(self._file):
+                raise SamError("S704", path=self.path)
+            self._file, cards, signatures = self._read_experts(file)
+            changes = compare(self._cards, cards, self._signatures, signatures)
+            if changes:
+                self._cards, self._signatures = cards, signatures
+            return changes
+
+    def _read_experts(self, file: BankFile) -> Tuple[BankFile, Dict[str, Expert], Dict[str, Signature]]:
+        """Cards and signatures of the experts. One that another process removes meanwhile is not in the file any more."""
+        while True:
+            try:
+                cards = {name: self._read_card(name) for name in file.experts}
+                return file, cards, {name: signature(_inside(self.path, name), name) for name in cards}
+            except SamError:
+                again = _read_bank_file(self.path)
+                if again == file:
+                    raise
+                file = again
 
     def check(self) -> List[str]:
         """Validate everything, weights included.
@@ -178,7 +258,7 @@ class ExpertBank:
     def check_base(self) -> None:
         """RAISES: SamError S110 if the base on disk is not the one the experts were trained on, S503 if it is gone."""
         base = Path(self.base[0])
-        if not base.is_dir() and self.base_hash != _hub_hash(*self.base):
+        if not base.is_dir() and self.base_hash != hub_hash(*self.base):
             raise SamError("S503", path=base, reason="there is no such folder")
         if base.is_dir():
             found = hash_base(base)
@@ -192,6 +272,13 @@ class ExpertBank:
         for name, known in plan.adapter_hashes.items():
             if self.adapter_hash(name) != known:
                 raise SamError("S116", name=name)
+
+    def read_card(self, folder: Path, name: str) -> Expert:
+        """The card of an expert that may become one of this bank. RAISES: SamError S104 without one, S102 if it is damaged."""
+        file = folder / CARD_FILE
+        if not file.is_file():
+            raise SamError("S104", name=name, path=file)
+        return from_json(Expert, _read_json(file), "S102", path=file)
 
     def add(self, name: str, adapter: Union[str, Path], card: Expert) -> None:
         """Copy an adapter folder into the bank under `name`. No other expert is touched.
@@ -208,7 +295,10 @@ class ExpertBank:
             raise SamError("S109", name=name)
         if card.base_hash != self.base_hash:
             raise SamError("S105", name=name, found=card.base_hash, expected=self.base_hash)
-        source = Path(adapter)
+        with self._lock.held():
+            self._add(name, Path(adapter), card)
+
+    def _add(self, name: str, source: Path, card: Expert) -> None:
         loaded = read_adapter(source, name)
         base = Path(self.base[0])
         if base.is_dir():
@@ -228,7 +318,13 @@ class ExpertBank:
         finally:
             shutil.rmtree(staged, ignore_errors=True)
         self._write_names(added=name)
-        self._cards[name] = self._read_card(name)
+        self._put(name)
+
+    def _put(self, name: str) -> None:
+        """Take over an expert as it is on disk."""
+        card = self._read_card(name)
+        self._signatures = {**self._signatures, name: signature(_inside(self.path, name), name)}
+        self._cards = {**self._cards, name: card}
 
     def _base_from_expert(self) -> str:
         """The base as an expert's PEFT config names it: no path of the machine it was trained on."""
@@ -237,10 +333,12 @@ class ExpertBank:
 
     def remove(self, name: str) -> None:
         """Remove an expert and its folder. RAISES: SamError S108 if there is none of that name."""
-        folder = self.folder(name)
-        self._write_names(removed=name)
-        del self._cards[name]
-        shutil.rmtree(folder)
+        with self._lock.held():
+            folder = self.folder(name)
+            self._write_names(removed=name)
+            self._cards = {other: card for other, card in self._cards.items() if other != name}
+            if folder.exists():  # another process may have removed it
+                shutil.rmtree(folder)
 
     def update_card(self, card: Expert) -> None:
         """Replace the card of an expert that is in the bank.
@@ -250,8 +348,9 @@ class ExpertBank:
         file = self.folder(card.name) / CARD_FILE
         if card.base_hash != self.base_hash:
             raise SamError("S105", name=card.name, found=card.base_hash, expected=self.base_hash)
-        write_json(file, to_json(from_json(Expert, asdict(card), "S102", path=file)))
-        self._cards[card.name] = self._read_card(card.name)
+        with self._lock.held():
+            write_json(file, to_json(from_json(Expert, asdict(card), "S102", path=file)))
+            self._put(card.name)
 
     def _write_names(self, added: Optional[str] = None, removed: Optional[str] = None) -> None:
         file = _read_bank_file(self.path)  # again: another process may have changed the bank since it was opened
@@ -263,9 +362,7 @@ class ExpertBank:
         if not NAME.fullmatch(name):
             raise SamError("S114", name=name)
         folder = _inside(self.path, name)
-        if not (folder / CARD_FILE).is_file():
-            raise SamError("S104", name=name, path=folder / CARD_FILE)
-        card = from_json(Expert, _read_json(folder / CARD_FILE), "S102", path=folder / CARD_FILE)
+        card = self.read_card(folder, name)
         if card.name != name:
             raise SamError("S102", path=folder / CARD_FILE, reason=f"it is the card of '{card.name}'")
         if card.base_hash != self.base_hash:
@@ -274,61 +371,17 @@ class ExpertBank:
         return card
 
 
+def _identity(file: BankFile) -> Tuple[Any, ...]:
+    """What pipelines load once."""
+    return file.base, file.base_hash, file.revision, file.prompt, file.encoder
+
+
 def bundled_bank_path() -> Path:
     """The folder of the bank that comes with the package. RAISES: SamError S115 if it is not installed."""
     path = Path(__file__).parent / "bundled"
     if not (path / BANK_FILE).is_file():
         raise SamError("S115")
     return path
-
-
-def hash_base(folder: Path) -> str:
-    """Hash a base by its tokenizer, its safetensors headers and the first 4 KiB of every tensor.
-
-    A retrained or reshaped base, or one with another vocabulary, has another hash, and an 8B base is hashed in well
-    under a second. It is no checksum against single damaged bytes.
-    """
-    digest = hashlib.sha256()
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise SamError("S503", path=folder, reason="no .safetensors file in it")
-    if (folder / TOKENIZER_FILE).is_file():
-        digest.update((folder / TOKENIZER_FILE).read_bytes())
-    for file in files:
-        with file.open("rb") as stream:
-            header, start = _read_header(stream, file)
-            digest.update(json.dumps(header, sort_keys=True).encode("utf8"))
-            for name in sorted(header):
-                begin, end = header[name]["data_offsets"]
-                stream.seek(start + begin)
-                digest.update(stream.read(min(4096, end - begin)))
-    return digest.hexdigest()[:16]
-
-
-def base_shapes(folder: Path) -> Dict[str, Tuple[int, ...]]:
-    """Shapes of the base's tensors, by name, from the file headers alone."""
-    shapes: Dict[str, Tuple[int, ...]] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        with file.open("rb") as stream:
-            header, _ = _read_header(stream, file)
-        shapes.update({name: tuple(entry["shape"]) for name, entry in header.items()})
-    return shapes
-
-
-def _read_header(stream: Any, path: Path) -> Tuple[Dict[str, Any], int]:
-    try:
-        size = int.from_bytes(stream.read(8), "little")
-        header = json.loads(stream.read(size)) if size <= os.path.getsize(path) else None
-        if not isinstance(header, dict):
-            raise ValueError("truncated")
-    except ValueError as error:
-        raise SamError("S102", path=path, reason=f"not a safetensors file: {error}") from error
-    header.pop("__metadata__", None)
-    return header, 8 + size
-
-
-def _hub_hash(base: str, revision: Optional[str]) -> str:
-    return f"{base}@{revision}"
 
 
 def _inside(bank: Path, name: str) -> Path:
@@ -364,6 +417,6 @@ def _read_json(path: Path) -> Dict[str, Any]:
 
 def write_json(path: Path, data: Mapping[str, Any]) -> None:
     """Write beside and rename, so that a reader never sees half a file."""
-    staged = path.with_name(f".{path.name}.{os.getpid()}")
+    staged = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}")
     staged.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf8")
     os.replace(staged, path)

@@ -16,7 +16,9 @@ from .align import Candidate
 from .annotate import check_labels
 from .bank import ExpertBank
 from .errors import SamError
-from .parts import Parts
+from .live import LiveBank
+from .locks import ProcessLock
+from .parts import HeldPlan, Parts, shared_types, some_types
 from .plan import Plan
 from .select.base import SelectionContext
 from .settings import SPANS_KEY, Labels, check_settings, read_labels
@@ -24,11 +26,12 @@ from .windows import Window, doc_windows
 from .write import EntsFilter, merge_windows, to_spans, write_ents, write_spans
 
 
-class SamNer(Pipe):
+class SamNer(LiveBank, Pipe):
     """Named entity recognition without labels of the target: select experts, merge them, annotate with the union.
 
     The plan (which experts, merged how) is state of the component. `pipe` makes one from the first documents of a stream,
-    `select` makes one from texts, and it is saved with the pipeline. Weights are loaded on first use.
+    `select` makes one from texts, and it is saved with the pipeline. Weights are loaded on first use. Threads may share a
+    component; a call or a stream uses one plan from its beginning to its end, whatever is selected meanwhile.
     """
 
     def __init__(
@@ -101,8 +104,8 @@ class SamNer(Pipe):
         }
         check_settings(self.cfg)
         self.set_labels(labels)
-        self._plan: Optional[Plan] = None
-        self._unchecked: Optional[Plan] = None  # a plan that was loaded, until it is held against the bank
+        self._current: Optional[HeldPlan] = None
+        self._selecting = ProcessLock()  # one selection at a time
         self._home_pid = self._guarded_pid = os.getpid()
         self._warned_single = False
 
@@ -111,22 +114,21 @@ class SamNer(Pipe):
     @property
     def plan(self) -> Optional[Plan]:
         """What the next call will run; None before the first selection."""
-        return self._plan
+        current = self._current
+        return current.plan if current is not None else None
 
     @plan.setter
     def plan(self, plan: Optional[Plan]) -> None:
-        if plan is not None:
-            self.parts.bank.check_plan(plan)
-        self._plan = plan
+        self._current = self.parts.hold(plan) if plan is not None else None
 
     def reset(self) -> None:
         """Forget the plan: the next stream selects again."""
-        self._plan = None
+        self._current = None
 
     @property
     def labels(self) -> Tuple[str, ...]:
         """The labels entities get."""
-        return tuple(self._asked())
+        return tuple(self._asked(self._current))
 
     @property
     def label_data(self) -> List[str]:
@@ -152,11 +154,14 @@ class SamNer(Pipe):
         self._guard_process()
         head = islice(texts, self.cfg["look_ahead"])
         sample = [item.text if isinstance(item, Doc) else item for item in head]
-        self._plan = self._select(sample)
-        return self._plan
+        with self._selecting.held():
+            return self._select(sample).plan
 
-    def _select(self, sample: Sequence[str]) -> Plan:
-        return self.parts.make_plan(sample, tuple(self._asked().values()), self.cfg["window_size"])
+    def _select(self, sample: Sequence[str]) -> HeldPlan:
+        """Select, and make it the plan at once: what runs keeps the one it has."""
+        selected = self.parts.select(sample, tuple(self.cfg["labels"].values()), self.cfg["window_size"])
+        self._current = selected
+        return selected
 
     # spaCy's calls
 
@@ -168,9 +173,9 @@ class SamNer(Pipe):
         RETURNS (Doc): The same document.
         """
         error_handler = self.get_error_handler()
-        plan = self._prepare(plan) or self._plan or self._plan_for_single(doc)
+        held = self._prepare(plan) or self._current or self._plan_for_single(doc)
         try:
-            self._annotate([doc], plan)
+            self._annotate([doc], held)
         except SamError:
             raise
         except Exception as error:
@@ -185,70 +190,82 @@ class SamNer(Pipe):
         plan (Optional[Plan]): Use this plan, for this stream only.
         YIELDS (Doc): The same documents in the same order, less those that an error handler took.
         """
-        plan = self._prepare(plan)
+        held = self._prepare(plan)
         stream = iter(stream)
         head: List[Doc] = []
-        if plan is None:
+        if held is None:
             head = list(islice(stream, self._look_ahead()))
-            plan = self._plan_for_stream(head)
+            held = self._plan_for_stream(head)
         for batch in util.minibatch(chain(head, stream), self.cfg["batch_size"]):
-            if plan is None:  # so far there was no text to select on
-                plan = self._plan_for_stream(batch)
-            yield from self._annotate_safely(batch, plan)
+            if held is None:  # so far there was no text to select on
+                held = self._plan_for_stream(batch)
+            yield from self._annotate_safely(batch, held)
 
     def _look_ahead(self) -> int:
         """How many documents must be seen before the stream's plan is known."""
-        if self._plan is not None and self.cfg["selection"] != "stream":
+        if self._current is not None and self.cfg["selection"] != "stream":
             return 0
         return self.cfg["look_ahead"] if self.cfg["selection"] != "manual" else 0
 
-    def _plan_for_stream(self, head: List[Doc]) -> Optional[Plan]:
-        mode = self.cfg["selection"]
-        short = len(head) < self.cfg["min_docs"]
-        if self._plan is not None and (mode != "stream" or short or self._is_worker):
-            return self._plan
-        if mode == "manual":
+    def _plan_for_stream(self, head: List[Doc]) -> Optional[HeldPlan]:
+        kept = self._plan_to_keep(len(head))
+        if kept is not None:
+            return kept
+        if self.cfg["selection"] == "manual":
             raise SamError("S701", name=self.name)
         texts = [doc.text for doc in head]
         if not any(text.strip() for text in texts):
             return None
         self._refuse_in_worker()
-        self._plan = self._select(texts)
-        return self._plan
+        with self._selecting.held():  # another stream may have selected meanwhile
+            return self._plan_to_keep(len(head)) or self._select(texts)
 
-    def _plan_for_single(self, doc: Doc) -> Optional[Plan]:
+    def _plan_to_keep(self, n_docs: int) -> Optional[HeldPlan]:
+        """The plan there is, if a stream of which so many documents were seen does not need one of its own."""
+        needs_own = self.cfg["selection"] == "stream" and n_docs >= self.cfg["min_docs"] and not self._is_worker
+        return None if needs_own else self._current
+
+    def _plan_for_single(self, doc: Doc) -> Optional[HeldPlan]:
         if self.cfg["selection"] == "manual":
             raise SamError("S701", name=self.name)
         if not doc.text.strip():
             return None
         self._refuse_in_worker()
+        with self._selecting.held():
+            if self._current is not None:  # another call has selected meanwhile
+                return self._current
+            self._warn_of_single()
+            return self._select([doc.text])
+
+    def _warn_of_single(self) -> None:
         if not self._warned_single:
             self._warned_single = True
             warnings.warn(
                 f"{self.name}: no plan yet, so experts are selected on one document alone. Give more: "
                 f"nlp.get_pipe('{self.name}').select(texts), or nlp.pipe(texts).",
-                stacklevel=3,
+                stacklevel=4,
             )
-        self._plan = self._select([doc.text])
-        return self._plan
 
-    def _prepare(self, plan: Optional[Plan]) -> Optional[Plan]:
-        """Before any work: the process is fit for it, the bank can be opened, and the plan, given or loaded, is for it."""
+    def _prepare(self, plan: Optional[Plan]) -> Optional[HeldPlan]:
+        """Before any work: the process is fit for it, the bank can be opened, and the plan, given or loaded, is for it.
+
+        RETURNS (Optional[HeldPlan]): The given plan.
+        """
         self._guard_process()
         self.parts.open()
-        if plan is not None:
-            self.parts.bank.check_plan(plan)
-        elif self._plan is not None and self._plan is self._unchecked:
-            self.parts.bank.check_plan(self._plan)
-            self._unchecked = None
-        return plan
+        current = self._current
+        if plan is not None and (current is None or plan is not current.plan):
+            return self.parts.hold_given(plan)
+        if current is not None:
+            self.parts.check(current)
+        return current if plan is not None else None
 
     # Annotation
 
-    def _annotate_safely(self, docs: List[Doc], plan: Optional[Plan]) -> Iterator[Doc]:
+    def _annotate_safely(self, docs: List[Doc], held: Optional[HeldPlan]) -> Iterator[Doc]:
         """Annotate a batch; when it fails, halve it until the failing document stands alone."""
         try:
-            self._annotate(docs, plan)
+            self._annotate(docs, held)
         except SamError:
             raise
         except Exception as error:
@@ -256,26 +273,26 @@ class SamNer(Pipe):
                 self.get_error_handler()(self.name, self, docs, error)
                 return
             middle = len(docs) // 2
-            yield from self._annotate_safely(docs[:middle], plan)
-            yield from self._annotate_safely(docs[middle:], plan)
+            yield from self._annotate_safely(docs[:middle], held)
+            yield from self._annotate_safely(docs[middle:], held)
             return
         yield from docs
 
-    def _annotate(self, docs: List[Doc], plan: Optional[Plan]) -> None:
+    def _annotate(self, docs: List[Doc], held: Optional[HeldPlan]) -> None:
         """Annotate documents together. Nothing is written before all answers are there."""
         found: List[List[Candidate]] = [[] for _ in docs]
-        if plan is not None and any(doc.text.strip() for doc in docs):
-            found = self._find(docs, plan)
+        if held is not None and any(doc.text.strip() for doc in docs):
+            found = self._find(docs, held)
         for doc, candidates in zip(docs, found):
-            self._set_annotations(doc, candidates, plan)
+            self._set_annotations(doc, candidates, held.plan if held is not None else None)
 
-    def _find(self, docs: List[Doc], plan: Plan) -> List[List[Candidate]]:
-        asked = self._asked()
+    def _find(self, docs: List[Doc], held: HeldPlan) -> List[List[Candidate]]:
+        asked = self._asked(held)
         names = {phrase: name for name, phrase in asked.items()}
         size = self.parts.annotator.window_size(list(asked.values()), self.cfg["window_size"])
         windows = [self._windows(doc, size) for doc in docs]
         flat = [window for pieces in windows for window in pieces]
-        answers = iter(self.parts.annotator.annotate(plan.task_models, list(asked.values()), flat))
+        answers = iter(self.parts.annotator.annotate(held.plan.versions, list(asked.values()), flat))
         named = []
         for pieces in windows:
             merged = merge_windows(list(islice(answers, len(pieces))))
@@ -295,11 +312,12 @@ class SamNer(Pipe):
 
     # Labels and processes
 
-    def _asked(self) -> Dict[str, str]:
-        """The words that are asked for each label."""
+    def _asked(self, held: Optional[HeldPlan]) -> Dict[str, str]:
+        """The words that are asked for each label. Without labels, these are the types of when the plan was made."""
         if self.cfg["labels"]:
             return self.cfg["labels"]
-        shared = self.parts.shared_types()
+        is_ready = held is not None and held.adapters is not None
+        shared = some_types(held.types if held is not None and is_ready else shared_types(self.bank))
         self._add_strings(shared)
         return {label: label for label in shared}
 
@@ -367,7 +385,7 @@ class SamNer(Pipe):
         return self
 
     def _plan_data(self) -> Dict[str, Any]:
-        return self._plan.to_dict() if self._plan else {}
+        return self.plan.to_dict() if self.plan else {}
 
     def _load_cfg(self, cfg: Dict[str, Any]) -> None:
         self.cfg.update(cfg)
@@ -375,7 +393,7 @@ class SamNer(Pipe):
         self.set_labels(self.cfg["labels"])
 
     def _load_plan(self, data: Dict[str, Any]) -> None:
-        self._plan = self._unchecked = Plan.from_dict(data) if data else None
+        self._current = HeldPlan(Plan.from_dict(data)) if data else None
 
 
 def _rebuild(cls: Type[SamNer], vocab: Vocab, name: str, state: Dict[str, Any]) -> SamNer:

@@ -59,6 +59,10 @@ MESSAGES = {
     "or write the task models as model folders.",
     "S407": "Cannot merge: the task vector of expert number {number} has NaN or infinite values. Its adapter is damaged, or its "
     "factors are too large for float32: train it again.",
+    "S413": "Version {version} of expert '{name}' cannot be merged any more: {reason}. Select again "
+    "(nlp.get_pipe('sam_ner').select(texts), or spacy sam select), or add that version of the expert again.",
+    "S414": "The cache of merged weights {path} cannot be used: {reason}. Give a folder that can be written to as 'cache_dir', "
+    "or leave the setting empty.",
     # Generation
     "S501": "Device '{device}' is not available here: {reason}. Set 'device' to 'cpu', or leave it empty for the best.",
     "S502": "Unknown dtype '{dtype}'. Use one of: {known}.",
@@ -90,6 +94,9 @@ MESSAGES = {
     "S702": "'{setting}' of sam_ner must be {expected}, got {found}.",
     "S703": "Select in the main process first: nlp.get_pipe('{name}').select(texts). A worker of n_process > 1 sees only its "
     "own batch of the stream, so it does not select.",
+    "S704": "The bank at {path} was made anew while it was in use, with another base, prompt format or encoder. "
+    "Load the pipeline again.",
+    "S705": "The bank at {path} was changed {times} times while experts were selected from it. Select again when it is at rest.",
     # Command line and evaluation
     "S801": "No documents in {path}.",
     "S802": "{problem}",

@@ -178,10 +178,15 @@ class TorchEngineMaker:
     local_files_only: bool = False
     constrained: bool = True
     entity_bias: Optional[float] = None
+    cache_bytes: int = 1 << 30
+    cache_dir: Optional[str] = None
+    cache_dir_bytes: int = 1 << 36
 
     def __post_init__(self) -> None:
         for setting in ("max_new_tokens", "tokens_per_batch"):
             check_whole(setting, getattr(self, setting))
+        for setting in ("cache_bytes", "cache_dir_bytes"):
+            check_whole(setting, getattr(self, setting), least=0)
         if self.entity_bias is not None:
             check_finite("entity_bias", self.entity_bias)
 
@@ -199,9 +204,23 @@ def make_torch_engine(
     local_files_only: bool = False,
     constrained: bool = True,
     entity_bias: Optional[float] = None,
+    cache_bytes: int = 1 << 30,
+    cache_dir: Optional[str] = None,
+    cache_dir_bytes: int = 1 << 36,
 ) -> TorchEngineMaker:
     """`spacy_sam.TorchEngine.v1`: see `generate.torch_engine`."""
-    return TorchEngineMaker(device, dtype, max_new_tokens, tokens_per_batch, local_files_only, constrained, entity_bias)
+    return TorchEngineMaker(
+        device,
+        dtype,
+        max_new_tokens,
+        tokens_per_batch,
+        local_files_only,
+        constrained,
+        entity_bias,
+        cache_bytes,
+        cache_dir,
+        cache_dir_bytes,
+    )
 
 
 @dataclass(frozen=True)

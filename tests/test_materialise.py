@@ -1,7 +1,7 @@
 """Task models in a loaded model: the right weights go in, and the base comes back bit for bit."""
 
 import random
-from typing import Any, Dict, List, Mapping, Tuple
+from typing import Any, Dict, List, Tuple
 
 import pytest
 import torch
@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokeni
 from spacy_sam.adapters import Adapter, LoraFactors
 from spacy_sam.bank import ExpertBank
 from spacy_sam.errors import SamError
+from spacy_sam.merge.cache import MemoryCache
 from spacy_sam.merge.export import write_task_models
 from spacy_sam.merge.materialise import WeightSwitch, merged_deltas
 from spacy_sam.merge.methods import Mean, MergeMethod, TaskArithmetic, Ties
@@ -260,16 +261,15 @@ def test_weights_are_changed_in_place(bank):
         assert all(parameter.grad_fn is None for parameter in model.parameters())
 
 
-def uses(bank: ExpertBank, n_models: float, names: str) -> Tuple[str, Mapping[str, Any]]:
+def uses(bank: ExpertBank, n_models: float, names: str) -> Tuple[str, MemoryCache]:
     """Use single experts 0, 1, 2 in the order given, with a cache of so many task models: which had to be read."""
     model, loader = load_model(bank), Loader(bank)
     size = n_touched_bytes(model, bank)
     switch = WeightSwitch(model, loader, resolve, max_cache_bytes=int(n_models * size))
     for name in names:
         switch.use(TaskModelSpec((f"expert{name}",)))
-        n_bytes = sum(weight.nbytes for weights in switch._cache.values() for weight in weights.values())
-        assert n_bytes <= n_models * size
-    return "".join(name[-1] for name in loader.loaded), switch._cache
+        assert switch.cache.n_bytes <= n_models * size
+    return "".join(name[-1] for name in loader.loaded), switch.cache
 
 
 def test_cache_is_bounded_in_bytes_and_drops_the_least_recently_used(bank):

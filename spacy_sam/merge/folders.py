@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Callable, Dict
 
@@ -40,13 +41,13 @@ class TaskModelFolders:
     def folder(self, spec: TaskModelSpec) -> Path:
         """The folder of a task model, written if it is not in the cache. The base of a bank that holds it is its own folder.
 
-        RAISES: SamError S108 if an expert is not in the bank, and what merging it raises.
+        RAISES: SamError S108 if an expert is not in the bank, S413 if its version is not, and what merging it raises.
         """
         base = Path(self.bank.base[0])
         if not spec.experts and base.is_dir():
             return base
-        hashes = {name: self.bank.adapter_hash(name) for name in spec.experts}
-        plan = Plan(self.bank.base_hash, (spec,), hashes)
+        hashes = dict(zip(spec.experts, self.bank.of_versions(spec).adapter_hashes))
+        plan = Plan(self.bank.base_hash, (replace(spec, adapter_hashes=()),), hashes)
         folder = self.root / plan.fingerprint
         if not folder.is_dir():
             self._make_room()
@@ -68,7 +69,9 @@ class TaskModelFolders:
         self.root.mkdir(parents=True, exist_ok=True)
         staged = Path(tempfile.mkdtemp(prefix=".writing-", dir=self.root))
         try:
-            for written, _ in write_task_models(self.bank, plan, staged, self.resolve):
+            # What somebody holds in memory can be written, also when it is not in the bank any more.
+            bank = self.bank.snapshot(plan.adapter_hashes)
+            for written, _ in write_task_models(bank, plan, staged, self.resolve):
                 try:
                     os.replace(written, folder)
                 except OSError:

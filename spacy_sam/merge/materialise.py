@@ -1,17 +1,18 @@
 """Task models in a loaded model: merged weights are put into its parameters in place, and taken out again."""
 
-from collections import OrderedDict
 from dataclasses import replace
-from typing import Any, Callable, Dict, Iterable, Iterator, List, Mapping, Set, Tuple
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Mapping, Optional, Set, Tuple
 
 import torch
 from torch import Tensor, nn
 
+from .. import __version__
 from ..adapters import Adapter, LoraFactors
 from ..errors import SamError
-from ..plan import TaskModelSpec
+from ..plan import TaskModelSpec, fingerprint
+from .cache import Damaged, MemoryCache, MergedCache
 from .factors import FactorMethod, Method, concatenate, no_change
-from .methods import Mean, MergeMethod, TaskArithmetic
+from .methods import Mean, TaskArithmetic
 
 # Registered methods whose merges have exact low-rank factors.
 LOW_RANK = tuple(
@@ -81,38 +82,47 @@ class WeightSwitch:
     """Switches one loaded model between the task models of a bank.
 
     The originals of the weights that were ever changed are kept beside the model, so the base always comes back bit for
-    bit. The model must not be moved, retyped or trained meanwhile. Merged weights are remembered by the task model's
-    fingerprint, which knows experts by name: after an expert was replaced, make a new switch.
+    bit. The model must not be moved, retyped or trained meanwhile. Task models are told apart by the versions of their experts,
+    so that after an expert was replaced nothing of the old one is used. One thread may use it at a time.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        load_adapter: Callable[[str], Adapter],
-        resolve: Callable[[Dict[str, Any]], MergeMethod],
+        load_adapter: Callable[..., Adapter],
+        resolve: Callable[[Dict[str, Any]], Method],
         max_cache_bytes: int = 1 << 30,
+        adapter_hash: Optional[Callable[[str], str]] = None,
+        stored: Optional[MergedCache] = None,
     ) -> None:
         """Wrap a model. Nothing is read or changed yet.
 
         model (nn.Module): The base, with parameters under the names that adapters use.
-        load_adapter (Callable): Reads an expert's factors by name.
+        load_adapter (Callable): Reads an expert's factors by name, and by version if the task model says versions.
         resolve (Callable): Makes the merge method of a task model's config block.
         max_cache_bytes (int): Memory for merged weights; the task models used longest ago go first. A task model
             that does not fit alone is merged anew each time.
+        adapter_hash (Optional[Callable]): The version that an expert has now, by name; asked for task models that say none. None:
+            experts have one version for as long as this switch is used.
+        stored (Optional[MergedCache]): Where merged weights are kept on disk. Single experts are not: they are not merged.
         """
         self._parameters = dict(model.named_parameters(remove_duplicate=False))
         self._ties = _tied_names(self._parameters)
         self._load_adapter = load_adapter
         self._resolve = resolve
-        self._max_cache_bytes = max_cache_bytes
-        self._cache: OrderedDict[str, Dict[str, Tensor]] = OrderedDict()
+        self._adapter_hash = adapter_hash
+        self._stored = stored
+        self.cache = MemoryCache(max_cache_bytes)
         self._originals: Dict[str, Tensor] = {}
         self._changed: Set[str] = set()
-        self._active = TaskModelSpec()
+        self._active: Optional[TaskModelSpec] = TaskModelSpec()
 
     @property
-    def active(self) -> TaskModelSpec:
-        """The task model whose weights are in the model now; without experts if that is the base."""
+    def active(self) -> Optional[TaskModelSpec]:
+        """The task model whose weights are in the model now; without experts if that is the base.
+
+        None while one is being written, and in a process that was forked meanwhile, until the next use.
+        """
         return self._active
 
     @torch.no_grad()
@@ -124,29 +134,69 @@ class WeightSwitch:
             what reading adapters and resolving the method raise: the model is then as it was. After any later error,
             such as memory running out, the base is back.
         """
+        spec = self._of_versions(spec)
         if spec == self._active:
             return
         if not spec.experts:
             self.restore()
             return
-        cached = self._cache.get(spec.fingerprint)
+        cached = self.cache.get(spec.fingerprint)
         if cached is not None:
-            self._cache.move_to_end(spec.fingerprint)
             self._write(spec, list(cached), cached.items())
             return
-        adapters = {name: self._read(name) for name in spec.experts}
-        method = self._resolve(spec.method) if len(adapters) > 1 else Mean()
-        self._write(spec, _matrices(adapters.values()), self._merge(adapters, spec, method))
+        method = self._resolve(spec.method) if len(spec.experts) > 1 else Mean()
+        name = self._stored_name(spec, method)
+        if name is None or not self._use_stored(spec, name):
+            self._use_merged(spec, name, method)
 
     @torch.no_grad()
     def restore(self) -> None:
         """Put the base's weights back, bit for bit."""
+        self._active = None
         self._reset(set(self._changed))
         self._active = TaskModelSpec()
 
-    def _read(self, name: str) -> Adapter:
+    def _of_versions(self, spec: TaskModelSpec) -> TaskModelSpec:
+        if spec.adapter_hashes or self._adapter_hash is None:
+            return spec
+        return spec.of_versions({name: self._adapter_hash(name) for name in spec.experts})
+
+    def _use_merged(self, spec: TaskModelSpec, name: Optional[str], method: Method) -> None:
+        """Merge, and keep the weights in memory and under their name on disk."""
+        versions = dict(zip(spec.experts, spec.adapter_hashes))
+        adapters = {expert: self._read(expert, versions.get(expert)) for expert in spec.experts}
+        matrices = _matrices(adapters.values())
+        weights = self._merge(adapters, spec, method)
+        if self._stored is not None and name is not None:
+            weights = self._stored.keep(name, {matrix: self._parameters[matrix] for matrix in matrices}, weights)
+        size = sum(self._parameters[matrix].nbytes for matrix in matrices)
+        self._write(spec, matrices, self.cache.keep(spec.fingerprint, size, weights))
+
+    def _use_stored(self, spec: TaskModelSpec, name: str) -> bool:
+        """Use what is on disk. RETURNS (bool): Whether there is something, and it is sound."""
+        assert self._stored is not None
+        found = self._stored.open(name, self._parameters)
+        if found is None:
+            return False
+        weights = ((matrix, weight.to(self._parameters[matrix].device)) for matrix, weight in found)
+        try:
+            self._write(spec, found.matrices, self.cache.keep(spec.fingerprint, found.n_bytes, weights))
+        except Damaged as error:
+            self._stored.discard(name, error)
+            return False
+        return True
+
+    def _stored_name(self, spec: TaskModelSpec, method: Method) -> Optional[str]:
+        """A name on disk, of all that decides merged weights: they are rounded as the device and this version do it."""
+        if self._stored is None or len(spec.experts) < 2 or not spec.adapter_hashes:
+            return None
+        kinds = sorted({f"{parameter.dtype} {parameter.device.type}" for parameter in self._parameters.values()})
+        adapters = sorted(zip(spec.adapter_hashes, spec.weights))
+        return fingerprint([__version__, self._stored.base, adapters, method.config, kinds])
+
+    def _read(self, name: str, version: Optional[str]) -> Adapter:
         """Read an expert, check that it can be merged here, and put its factors where the weights are."""
-        adapter = self._load_adapter(name)
+        adapter = self._load_adapter(name) if version is None else self._load_adapter(name, version)
         for matrix in adapter.matrices:
             parameter = self._parameters.get(matrix)
             if parameter is not None and parameter.dtype not in FLOATS:
@@ -157,22 +207,16 @@ class WeightSwitch:
         return Adapter({key: _placed(factors, self._parameters[key]) for key, factors in adapter.matrices.items()})
 
     def _merge(
-        self, adapters: Mapping[str, Adapter], spec: TaskModelSpec, method: MergeMethod
+        self, adapters: Mapping[str, Adapter], spec: TaskModelSpec, method: Method
     ) -> Iterator[Tuple[str, Tensor]]:
-        """Yield the merged weights one by one, and remember them at the end if there is memory for them."""
-        merged: Dict[str, Tensor] = {}
-        fits = self._make_room(sum(self._parameters[matrix].nbytes for matrix in _matrices(adapters.values())))
+        """Yield the merged weights one by one."""
         for matrix, delta in merged_deltas(adapters, spec, method):
             original = self._original(matrix)
             # A sum of two dtypes is computed in the wider one, so this rounds once, at the end.
-            weight = (original + delta.to(original.device)).to(original.dtype)
-            if fits:
-                merged[matrix] = weight
-            yield matrix, weight
-        if fits:
-            self._cache[spec.fingerprint] = merged
+            yield matrix, (original + delta.to(original.device)).to(original.dtype)
 
     def _write(self, spec: TaskModelSpec, matrices: List[str], weights: Iterable[Tuple[str, Tensor]]) -> None:
+        self._active = None
         try:
             self._reset(self._changed.difference(matrices))
             for matrix, weight in weights:
@@ -194,14 +238,6 @@ class WeightSwitch:
         for matrix in matrices:
             self._parameters[matrix].copy_(self._originals[matrix])
             self._changed.discard(matrix)
-
-    def _make_room(self, n_bytes: int) -> bool:
-        """Drop what was used longest ago until `n_bytes` more fit; drop nothing if they never can."""
-        if n_bytes > self._max_cache_bytes:
-            return False
-        while n_bytes + sum(_n_bytes(weights) for weights in self._cache.values()) > self._max_cache_bytes:
-            self._cache.popitem(last=False)
-        return True
 
 
 def _matrices(adapters: Iterable[Adapter]) -> List[str]:
@@ -246,7 +282,3 @@ def _tied_names(parameters: Mapping[str, Tensor]) -> Dict[str, str]:
         groups.setdefault((parameter.device, parameter.data_ptr() or id(parameter)), []).append(name)
     tied = [names for names in groups.values() if len(names) > 1]
     return {name: names[0] if name != names[0] else names[1] for names in tied for name in names}
-
-
-def _n_bytes(weights: Mapping[str, Tensor]) -> int:
-    return sum(weight.nbytes for weight in weights.values())
