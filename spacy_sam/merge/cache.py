@@ -13,7 +13,6 @@ from typing import IO, Any, Dict, Iterable, Iterator, List, Mapping, Optional, T
 from uuid import uuid4
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import SamError
@@ -106,6 +105,7 @@ class MergedCache:
 
         name (str): 16 hex digits.
         parameters (Mapping[str, Tensor]): The model's, which the weights are for. A file that does not fit them is removed.
+        RETURNS (Optional[StoredWeights]): To be closed.
         """
         path = self._path(name)
         try:
@@ -171,37 +171,63 @@ class MergedCache:
 
 
 class StoredWeights:
-    """One file of merged weights, read one weight at a time."""
+    """One file of merged weights, read one weight at a time. It is opened once: what happens to its name then does not matter."""
 
     def __init__(self, path: Path, parameters: Mapping[str, Tensor]) -> None:
         """Read the header. RAISES: FileNotFoundError, Damaged if it is damaged or does not fit the model's parameters."""
-        self._path = path
-        self._stream: Any = _open(path)
-        checksums = (self._stream.metadata() or {}).get(CHECKSUMS, "")
-        self.matrices = list(self._stream.keys())
-        if len(checksums) != 8 * len(self.matrices):
-            raise Damaged("it has no checksums")
-        self._checksums = {
-            matrix: checksums[8 * place : 8 * place + 8] for place, matrix in enumerate(sorted(self.matrices))
-        }
-        self.n_bytes = 0
-        for matrix in self.matrices:
-            parameter, part = parameters.get(matrix), self._stream.get_slice(matrix)
-            found = part.get_dtype(), tuple(part.get_shape())
-            if parameter is None or found != (DTYPES.get(parameter.dtype), tuple(parameter.shape)):
-                raise Damaged(f"'{matrix}' does not fit the base")
-            self.n_bytes += parameter.nbytes
+        self._stream = path.open("rb")
+        try:
+            self._start, header = _read_header(self._stream)
+            checksums = header.pop("__metadata__")[CHECKSUMS]
+            if len(checksums) != 8 * len(header):
+                raise Damaged("weights or checksums are missing")
+            places = range(0, len(checksums), 8)
+            self._checksums = {matrix: checksums[at : at + 8] for matrix, at in zip(sorted(header), places)}
+            self._offsets = {matrix: _begin(matrix, entry, parameters.get(matrix)) for matrix, entry in header.items()}
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            self.close()
+            raise Damaged(f"its header cannot be read: {error!r}") from error
+        except BaseException:
+            self.close()
+            raise
+        self._like = {matrix: parameters[matrix] for matrix in header}
+        self.matrices = list(header)
+        self.n_bytes = sum(parameter.nbytes for parameter in self._like.values())
+
+    def close(self) -> None:
+        self._stream.close()
 
     def __iter__(self) -> Iterator[Tuple[str, Tensor]]:
-        """Names and weights, on the CPU, in memory of their own. RAISES: Damaged at a weight that is not what was written."""
-        for matrix in self.matrices:
+        """Names and weights, on the CPU. RAISES: Damaged at a weight that is not what was written."""
+        for matrix, parameter in self._like.items():
+            content = bytearray(parameter.nbytes)
             try:
-                weight = self._stream.get_tensor(matrix).clone()
-            except (SafetensorError, OSError) as error:
+                self._stream.seek(self._start + self._offsets[matrix])
+                self._stream.readinto(content)
+            except OSError as error:
                 raise Damaged(error) from error
-            if _checksum(_content(weight)) != self._checksums[matrix]:
+            if _checksum(content) != self._checksums[matrix]:
                 raise Damaged(f"'{matrix}' has another checksum")
-            yield matrix, weight
+            yield matrix, torch.frombuffer(content, dtype=parameter.dtype).reshape(parameter.shape)
+
+
+def _read_header(stream: IO[bytes]) -> Tuple[int, Dict[str, Any]]:
+    """Where the weights begin, and the header before them. RAISES: ValueError."""
+    size = int.from_bytes(stream.read(8), "little")
+    if size > os.fstat(stream.fileno()).st_size:
+        raise ValueError("it is too short")
+    return 8 + size, json.loads(stream.read(size))
+
+
+def _begin(matrix: str, entry: Dict[str, Any], parameter: Optional[Tensor]) -> int:
+    """Where a weight begins. RAISES: Damaged if it does not fit the model's."""
+    begin, end = entry["data_offsets"]
+    found = entry["dtype"], entry["shape"], end - begin
+    is_place = isinstance(begin, int) and begin >= 0
+    fits = parameter is not None and found == (DTYPES.get(parameter.dtype), list(parameter.shape), parameter.nbytes)
+    if not (is_place and fits):
+        raise Damaged(f"'{matrix}' does not fit the base")
+    return begin
 
 
 class _Writer:
@@ -270,13 +296,6 @@ class _Writer:
         except OSError as error:
             logger.warning("Merged weights cannot be kept on disk (%s)", error)
             self.close()
-
-
-def _open(path: Path) -> Any:
-    try:
-        return safe_open(path, framework="pt", device="cpu")
-    except SafetensorError as error:
-        raise Damaged(error) from error
 
 
 def _content(weight: Tensor) -> Any:

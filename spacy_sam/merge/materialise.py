@@ -1,5 +1,6 @@
 """Task models in a loaded model: merged weights are put into its parameters in place, and taken out again."""
 
+from contextlib import closing
 from dataclasses import replace
 from typing import Any, Callable, Dict, Iterable, Iterator, List, Mapping, Optional, Set, Tuple
 
@@ -180,7 +181,8 @@ class WeightSwitch:
             return False
         weights = ((matrix, weight.to(self._parameters[matrix].device)) for matrix, weight in found)
         try:
-            self._write(spec, found.matrices, self.cache.keep(spec.fingerprint, found.n_bytes, weights))
+            with closing(found):
+                self._write(spec, found.matrices, self.cache.keep(spec.fingerprint, found.n_bytes, weights))
         except Damaged as error:
             self._stored.discard(name, error)
             return False
