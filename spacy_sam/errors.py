@@ -32,6 +32,7 @@ MESSAGES = {
     "S115": "The bundled bank is not in this installation. Reinstall spacy-sam, or set 'bank' to a bank folder.",
     "S116": "The plan was made with another version of expert '{name}' than the bank holds now. Select again.",
     "S117": "There is a bank at {path} already. Add experts to it, or give another folder.",
+    "S122": "Similarity needs at least two experts, and the bank has: {found}. Add experts with `spacy sam bank add`.",
     # Prompts, windows, alignment
     "S201": "Unknown prompt format '{name}'. This version of spacy-sam knows: {known}.",
     "S202": "Labels must be {expected}, got {found}.",
