@@ -56,6 +56,10 @@ MESSAGES = {
     "would change both. Train the expert without that layer.",
     "S405": "Expert '{expert}' changes '{matrix}', which the base keeps as {dtype}. Task vectors can only be added to "
     "weights in float16, bfloat16, float32 or float64: load a base that is not quantised.",
+    "S406": "{method} makes dense weight changes, so its task models have no exact low-rank adapter. Merge by one of {known}, "
+    "or write the task models as model folders.",
+    "S407": "Cannot merge: the task vector of expert number {number} has NaN or infinite values. Its adapter is damaged, or its "
+    "factors are too large for float32: train it again.",
     # Generation
     "S501": "Device '{device}' is not available here: {reason}. Set 'device' to 'cpu', or leave it empty for the best.",
     "S502": "Unknown dtype '{dtype}'. Use one of: {known}.",

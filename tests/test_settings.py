@@ -238,6 +238,13 @@ def test_settings_eco_strategy():
     assert strategy.merge.config["@misc"] == "spacy_sam.Mean.v1"
 
 
+def test_settings_merge_method_inside_another():
+    inner = {"@misc": "spacy_sam.PCB.v1", "density": 0.2, "scale": 0.5}
+    merge = {"@misc": "spacy_sam.CoreSpace.v1", "inner": inner}
+    assert strategy_of({"merge": merge}).merge.config == merge
+    assert strategy_of({"merge": {"@misc": "spacy_sam.KnOTS.v1"}}).merge.config["density"] == 1.0
+
+
 # Serialisation
 
 
