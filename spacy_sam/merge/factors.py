@@ -80,7 +80,7 @@ def prepare_factors(
         raise SamError(
             "S401", name="factors", expected="at least one pair [out, rank], [rank, in] of one matrix", found=found
         )
-    relative = relative_weights(weights, len(factors), torch.float32)
+    relative = relative_weights(weights, len(factors))
     lows = [_low(each, factors[0].transposed) for each in factors]
     for number, low in enumerate(lows, 1):
         if not (torch.isfinite(low.a).all() and torch.isfinite(low.b).all()):

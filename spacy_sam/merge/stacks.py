@@ -31,7 +31,9 @@ def as_stack(task_vectors: Tensor) -> Tensor:
     return task_vectors if task_vectors.dtype == torch.float64 else task_vectors.float()
 
 
-def relative_weights(weights: Optional[Sequence[float]], n_experts: int, dtype: torch.dtype) -> List[float]:
+def relative_weights(
+    weights: Optional[Sequence[float]], n_experts: int, dtype: torch.dtype = torch.float32
+) -> List[float]:
     """Divide by a power of two, so that the largest is in [0.5, 1): exact, and no size of weights overflows float32.
 
     RAISES: SamError S401 unless there is one for each expert, finite and above 0.
