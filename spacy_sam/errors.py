@@ -32,6 +32,8 @@ MESSAGES = {
     "S115": "The bundled bank is not in this installation. Reinstall spacy-sam, or set 'bank' to a bank folder.",
     "S116": "The plan was made with another version of expert '{name}' than the bank holds now. Select again.",
     "S117": "There is a bank at {path} already. Add experts to it, or give another folder.",
+    "S122": "Similarity needs at least two experts, and the bank has: {found}. Add experts with `spacy sam bank add`.",
+    "S123": "There is something at {path} already. Give a folder that is empty or not there.",
     # Prompts, windows, alignment
     "S201": "Unknown prompt format '{name}'. This version of spacy-sam knows: {known}.",
     "S202": "Labels must be {expected}, got {found}.",
@@ -100,6 +102,7 @@ MESSAGES = {
     # Command line and evaluation
     "S801": "No documents in {path}.",
     "S802": "{problem}",
+    "S803": "Task model {number} ({name}) cannot be written as an adapter: {reason}. Write it as a model folder (`--as model`).",
 }
 
 

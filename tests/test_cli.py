@@ -18,7 +18,8 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 import spacy_sam.cli.bank_commands
-import spacy_sam.cli.commands  # noqa: F401 (registers the commands)
+import spacy_sam.cli.commands
+import spacy_sam.cli.show  # noqa: F401 (registers the commands)
 from spacy_sam import evaluate as ev
 from spacy_sam.bank import ExpertBank
 from spacy_sam.cli import app
@@ -35,6 +36,7 @@ COMMANDS = [
     "report",
     "demo",
     "bank list",
+    "bank show",
     "bank check",
     "bank add",
     "bank remove",
@@ -126,7 +128,9 @@ def test_cli_without_command_shows_help(run, args):
     result = run(*args)
     assert result.exit_code == 2
     for command in (
-        ("list", "check", "add", "remove") if args else ("train", "select", "merge", "evaluate", "report", "demo")
+        ("list", "show", "check", "add", "remove")
+        if args
+        else ("train", "select", "merge", "evaluate", "report", "demo")
     ):
         assert command in result.output
 

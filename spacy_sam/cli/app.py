@@ -97,6 +97,6 @@ def engine_on(device: Optional[str]) -> Dict[str, Any]:
 
 def main() -> None:
     """Entry point of the `spacy-sam` script."""
-    from . import bank_commands, commands  # noqa: F401 (registers the commands)
+    from . import bank_commands, commands, show  # noqa: F401 (registers the commands)
 
     app(prog_name="spacy-sam")
