@@ -5,7 +5,7 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, Mapping, Tuple
+from typing import Any, Dict, List, Mapping, Tuple
 
 import torch
 from safetensors import SafetensorError
@@ -34,9 +34,13 @@ REFUSED = (
 PLAIN_INIT = (True, False, None, "gaussian", "eva", "orthogonal")  # the others change the base's weights
 
 
+# Entries of a tile: on a CPU a core's cache holds the few that a merge needs, on a GPU one is worth a kernel's start.
+TILE_SIZE, GPU_TILE_SIZE = 1 << 17, 1 << 20
+
+
 @dataclass(frozen=True)
 class LoraFactors:
-    """One matrix's task vector in factors: dW = scale * B @ A.
+    """One matrix's task vector in factors: dW = (scale * B) @ A.
 
     a: [rank, in], b: [out, rank], both float32.
     transposed: The base keeps this weight as [in, out] (GPT-2's Conv1D).
@@ -53,10 +57,33 @@ class LoraFactors:
         out_in = (self.b.shape[0], self.a.shape[1])
         return (out_in[1], out_in[0]) if self.transposed else out_in
 
+    def operands(self) -> Tuple[torch.Tensor, torch.Tensor]:
+        """Two float32 matrices, [rows, rank] and [rank, columns], whose product is dW in the base's layout."""
+        a, b = self.a.float(), self.scale * self.b.float()
+        return (a.T, b.T) if self.transposed else (b, a)
+
     def delta(self) -> torch.Tensor:
-        """dW in float32, in the base's layout."""
-        dense = self.scale * (self.b @ self.a)
-        return dense.T if self.transposed else dense
+        """dW in float32, in the base's layout.
+
+        It is computed by the tiles that merging uses (`tiles`): products of other sizes may be rounded otherwise.
+        """
+        left, right = self.operands()
+        dense = left.new_empty(self.shape)
+        for rows in tiles(self.shape, left.device):
+            torch.mm(left[rows], right, out=dense[rows])
+        return dense
+
+
+def tiles(shape: Tuple[int, int], device: torch.device) -> List[slice]:
+    """The rows of each tile of a matrix, in order.
+
+    Tiles begin at multiples of 8 rows. Matrix products are then rounded as that of the whole matrix is, as far as it
+    was tried; with odd remainders they are not.
+    """
+    n_rows, n_columns = shape
+    size = TILE_SIZE if device.type == "cpu" else GPU_TILE_SIZE
+    height = max(8, size // max(n_columns, 1) // 8 * 8)
+    return [slice(start, min(start + height, n_rows)) for start in range(0, n_rows, height)]
 
 
 @dataclass(frozen=True)

@@ -61,6 +61,11 @@ MESSAGES = {
     "or write the task models as model folders.",
     "S407": "Cannot merge: the task vector of expert number {number} has NaN or infinite values. Its adapter is damaged, or its "
     "factors are too large for float32: train it again.",
+    "S410": "Merging '{matrix}' gives values that {dtype} cannot hold. Lower the method's 'scale', load the base in a wider "
+    "dtype, or leave out the expert whose weight changes are that large.",
+    "S411": "The base at {path} cannot be merged tensor by tensor: {reason}.",
+    "S412": "The task model could not be written to {path} ({reason}). Nothing half-written is left there: "
+    "make room, and run it again.",
     "S413": "Version {version} of expert '{name}' cannot be merged any more: {reason}. Select again "
     "(nlp.get_pipe('sam_ner').select(texts), or spacy sam select), or add that version of the expert again.",
     "S414": "The cache of merged weights {path} cannot be used: {reason}. Give a folder that can be written to as 'cache_dir', "

@@ -17,11 +17,11 @@ if TYPE_CHECKING:
     from .select.strategies import Strategy
 
 
-def make_ties(density: float = 0.2, scale: float = 1.0) -> "MergeMethod":
-    """`spacy_sam.TIES.v1`: see `merge.methods.ties`."""
+def make_ties(density: float = 0.2, scale: float = 1.0, trim: str = "matrix") -> "MergeMethod":
+    """`spacy_sam.TIES.v1`: see `merge.methods.Ties`."""
     from .merge.methods import Ties
 
-    return Ties(density, scale)
+    return Ties(density, scale, trim)
 
 
 def make_mean(scale: float = 1.0) -> "MergeMethod":

@@ -18,7 +18,7 @@ from spacy_sam.cli import app
 from spacy_sam.errors import SamError
 from spacy_sam.merge import adapter_export
 from spacy_sam.merge.adapter_export import write_adapter, write_task_adapters
-from spacy_sam.merge.materialise import merged_deltas
+from spacy_sam.merge.merged import merged_deltas
 from spacy_sam.merge.methods import Mean, TaskArithmetic, Ties
 from spacy_sam.merge.subspace import Knots, Tsvm
 from spacy_sam.plan import Plan, TaskModelSpec

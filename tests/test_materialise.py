@@ -21,7 +21,8 @@ from spacy_sam.bank import ExpertBank
 from spacy_sam.errors import SamError
 from spacy_sam.merge.cache import MemoryCache, MergedCache
 from spacy_sam.merge.export import write_task_models
-from spacy_sam.merge.materialise import WeightSwitch, merged_deltas
+from spacy_sam.merge.materialise import WeightSwitch
+from spacy_sam.merge.merged import merged_deltas
 from spacy_sam.merge.methods import Mean, MergeMethod, TaskArithmetic, Ties
 from spacy_sam.plan import Plan, TaskModelSpec
 

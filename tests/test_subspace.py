@@ -18,7 +18,8 @@ from spacy_sam.adapters import Adapter, LoraFactors
 from spacy_sam.bank import ExpertBank
 from spacy_sam.errors import SamError
 from spacy_sam.merge.factors import FactorMethod, Low, left_basis, low_rank_svd
-from spacy_sam.merge.materialise import LOW_RANK, WeightSwitch, merged_deltas, merged_factors
+from spacy_sam.merge.materialise import WeightSwitch
+from spacy_sam.merge.merged import LOW_RANK, merged_deltas, merged_factors
 from spacy_sam.merge.methods import Dare, Mean, MergeMethod, TaskArithmetic, Ties, ties
 from spacy_sam.merge.pruning import Breadcrumbs, DareTies, Della, Pcb
 from spacy_sam.merge.subspace import (

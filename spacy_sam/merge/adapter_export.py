@@ -17,7 +17,7 @@ from ..bank import ExpertBank, base_shapes, write_json
 from ..errors import SamError
 from ..plan import Plan, TaskModelSpec
 from .factors import Method
-from .materialise import merged_factors
+from .merged import merged_factors
 from .methods import Mean
 from .model_card import model_card
 

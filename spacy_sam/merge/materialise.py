@@ -12,71 +12,11 @@ from ..adapters import Adapter, LoraFactors
 from ..errors import SamError
 from ..plan import TaskModelSpec, fingerprint
 from .cache import Damaged, MemoryCache, MergedCache
-from .factors import FactorMethod, Method, concatenate, no_change
-from .methods import Mean, TaskArithmetic
+from .factors import Method
+from .merged import changed_matrices, merged_weights
+from .methods import Mean
 
-# Registered methods whose merges have exact low-rank factors.
-LOW_RANK = tuple(
-    f"spacy_sam.{name}.v1" for name in ("Mean", "TaskArithmetic", "STAR", "IsoC", "TSVM", "KnOTS", "CoreSpace")
-)
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
-
-def merged_deltas(adapters: Mapping[str, Adapter], spec: TaskModelSpec, method: Method) -> Iterator[Tuple[str, Tensor]]:
-    """Merge the task vectors of a task model, one matrix at a time: only one is dense at any moment.
-
-    An expert that does not change a matrix has a task vector of zeros there. A single expert's is not merged at all.
-
-    adapters (Mapping[str, Adapter]): The adapters of `spec.experts`, by name.
-    spec (TaskModelSpec): Experts and weights; no experts, no matrices.
-    method (Method): The merge of one matrix, on dense task vectors or on factors.
-    YIELDS (Tuple[str, Tensor]): Name of the base's weight, and the merged dW in float32, in the base's layout.
-    RAISES: SamError S402 if the experts disagree on a shape, S401 for weights that the method refuses, S407 for NaN and
-        infinite values.
-    """
-    if isinstance(method, FactorMethod):
-        for matrix, factors in merged_factors(adapters, spec, method):
-            yield matrix, factors.delta()
-        return
-    chosen = [adapters[name] for name in spec.experts]
-    for matrix in _matrices(chosen):
-        if len(chosen) == 1:
-            yield matrix, chosen[0].matrices[matrix].delta()
-        else:
-            yield matrix, method(_stack(chosen, matrix), spec.weights)
-
-
-def merged_factors(
-    adapters: Mapping[str, Adapter], spec: TaskModelSpec, method: Method
-) -> Iterator[Tuple[str, LoraFactors]]:
-    """The merged task vectors of a task model as exact low-rank factors, one matrix at a time.
-
-    Methods on factors have them, and so have `Mean` and `TaskArithmetic`, by concatenation. Ranks differ from matrix to
-    matrix; none is above the sum of the experts' ranks there. A single expert's factors are its own, whatever the method.
-
-    adapters (Mapping[str, Adapter]): The adapters of `spec.experts`, by name.
-    spec (TaskModelSpec): Experts and weights; no experts, no matrices.
-    method (Method): The merge of one matrix.
-    YIELDS (Tuple[str, LoraFactors]): Name of the base's weight and factors of its change.
-    RAISES: SamError S406 at once if the method's changes have no such factors, S402 if the experts disagree on a shape, S401
-        for weights that the method refuses, S407 for NaN and infinite values.
-    """
-    if len(spec.experts) > 1 and not isinstance(method, (FactorMethod, Mean, TaskArithmetic)):
-        raise SamError("S406", method=type(method).__name__, known=", ".join(LOW_RANK))
-    return _merged_factors([adapters[name] for name in spec.experts], spec, method)
-
-
-def _merged_factors(chosen: List[Adapter], spec: TaskModelSpec, method: Method) -> Iterator[Tuple[str, LoraFactors]]:
-    for matrix in _matrices(chosen):
-        factors = _factors(chosen, matrix)
-        if len(factors) == 1:
-            yield matrix, factors[0]
-        elif isinstance(method, FactorMethod):
-            yield matrix, method.merge_factors(factors, spec.weights)
-        else:
-            # A linear method's coefficients are what it makes of the unit vectors.
-            coefficients = method(torch.eye(len(factors), dtype=torch.float64), spec.weights)
-            yield matrix, concatenate(factors, coefficients.tolist())
 
 
 class WeightSwitch:
@@ -166,7 +106,7 @@ class WeightSwitch:
         """Merge, and keep the weights in memory and under their name on disk."""
         versions = dict(zip(spec.experts, spec.adapter_hashes))
         adapters = {expert: self._read(expert, versions.get(expert)) for expert in spec.experts}
-        matrices = _matrices(adapters.values())
+        matrices = changed_matrices(adapters.values())
         weights = self._merge(adapters, spec, method)
         if self._stored is not None and name is not None:
             weights = self._stored.keep(name, {matrix: self._parameters[matrix] for matrix in matrices}, weights)
@@ -212,10 +152,7 @@ class WeightSwitch:
         self, adapters: Mapping[str, Adapter], spec: TaskModelSpec, method: Method
     ) -> Iterator[Tuple[str, Tensor]]:
         """Yield the merged weights one by one."""
-        for matrix, delta in merged_deltas(adapters, spec, method):
-            original = self._original(matrix)
-            # A sum of two dtypes is computed in the wider one, so this rounds once, at the end.
-            yield matrix, (original + delta.to(original.device)).to(original.dtype)
+        return merged_weights(adapters, spec, method, self._original)
 
     def _write(self, spec: TaskModelSpec, matrices: List[str], weights: Iterable[Tuple[str, Tensor]]) -> None:
         self._active = None
@@ -240,35 +177,6 @@ class WeightSwitch:
         for matrix in matrices:
             self._parameters[matrix].copy_(self._originals[matrix])
             self._changed.discard(matrix)
-
-
-def _matrices(adapters: Iterable[Adapter]) -> List[str]:
-    """All matrices that any of them changes, each once, in the order of the adapters."""
-    return list(dict.fromkeys(matrix for adapter in adapters for matrix in adapter.matrices))
-
-
-def _factors(adapters: Iterable[Adapter], matrix: str) -> List[LoraFactors]:
-    """Factors of one matrix by each expert, of rank 0 where it does not change it."""
-    given = [adapter.matrices.get(matrix) for adapter in adapters]
-    some = [each for each in given if each is not None]
-    shapes = {each.shape for each in some}
-    if len(shapes) > 1:
-        raise SamError("S402", matrix=matrix, shapes=sorted(shapes))
-    return [each if each is not None else no_change(some[0]) for each in given]
-
-
-def _stack(adapters: Iterable[Adapter], matrix: str) -> Tensor:
-    """Dense task vectors of one matrix: `[n_experts, *shape]`, float32."""
-    factors = [adapter.matrices.get(matrix) for adapter in adapters]
-    shapes = {each.shape for each in factors if each is not None}
-    if len(shapes) > 1:
-        raise SamError("S402", matrix=matrix, shapes=sorted(shapes))
-    some = next(each for each in factors if each is not None)
-    stack = some.b.new_zeros((len(factors), *some.shape))
-    for row, each in zip(stack, factors):
-        if each is not None:
-            row.copy_(each.delta())
-    return stack
 
 
 def _placed(factors: LoraFactors, parameter: Tensor) -> LoraFactors:

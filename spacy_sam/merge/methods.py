@@ -12,7 +12,10 @@ from typing import Any, Dict, Optional, Protocol, Sequence, runtime_checkable
 import torch
 from torch import Tensor
 
+from ..errors import SamError
 from .stacks import as_stack, check_density, check_scale, drop, largest, prepare, relative_weights, weighted_sum
+
+TRIMS = ("matrix", "global")
 
 
 @runtime_checkable
@@ -27,18 +30,29 @@ class MergeMethod(Protocol):
 
 @dataclass(frozen=True)
 class Ties:
-    """TIES; see `ties`. RAISES: SamError S401 for a bad density or scale."""
+    """TIES; see `ties`.
+
+    trim: "matrix" keeps a share of each matrix. "global" keeps a share of each expert's whole task vector, as the
+        paper does: of all matrices together that any of the experts changes, those of equal magnitude at the border in
+        their order. `merge.streaming` finds the borders; a call merges a stack of whole, flattened task vectors.
+    RAISES: SamError S401 for a bad density, scale or trim.
+    """
 
     density: float = 0.2
     scale: float = 1.0
+    trim: str = "matrix"
 
     def __post_init__(self) -> None:
         check_density(self.density)
         check_scale(self.scale)
+        if self.trim not in TRIMS:
+            raise SamError("S401", name="trim", expected=f"one of {TRIMS}", found=repr(self.trim))
 
     @property
     def config(self) -> Dict[str, Any]:
-        return {"@misc": "spacy_sam.TIES.v1", "density": self.density, "scale": self.scale}
+        """Without the default of `trim`, so that plans from before there was a choice stay the same."""
+        chosen = {} if self.trim == "matrix" else {"trim": self.trim}
+        return {"@misc": "spacy_sam.TIES.v1", "density": self.density, "scale": self.scale, **chosen}
 
     def __call__(self, task_vectors: Tensor, weights: Optional[Sequence[float]] = None) -> Tensor:
         return ties(task_vectors, weights, self.density, self.scale)
