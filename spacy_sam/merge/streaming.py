@@ -13,7 +13,7 @@ from torch import Tensor
 from ..adapters import Adapter
 from ..errors import SamError
 from .factors import Method
-from .methods import Mean, TaskArithmetic, Ties
+from .methods import Mean, MergeMethod, TaskArithmetic, Ties
 from .stacks import relative_weights
 from .thresholds import Cut, find_cuts
 from .workers import Product, TileWorkers
@@ -156,6 +156,7 @@ def _single(product: Product) -> Merge:
 
 def _linear(products: Mapping[str, Product], weights: Mapping[str, float], method: Method) -> Merge:
     """A method that treats each entry alone, on stacks of tiles."""
+    assert isinstance(method, MergeMethod)  # as `can_stream` has it
     some = next(iter(products.values()))
     stack = torch.stack([some.buffer().zero_() for _ in weights])
 
@@ -203,6 +204,7 @@ def add_rounded(base: Tensor, delta: Tensor, matrix: str, out: Optional[Tensor] 
 
     RAISES: SamError S410 if that cannot hold a value of the sum.
     """
+    base = base.detach()
     # A sum of two dtypes is computed in the wider one.
     result = (
         torch.add(base, delta.to(base.device), out=out)
