@@ -4,7 +4,7 @@ import os
 import threading
 import weakref
 from contextlib import contextmanager
-from typing import Iterator, Tuple, Type
+from typing import Any, Iterator, List, Tuple, Type
 
 
 class ProcessLock:
@@ -14,7 +14,13 @@ class ProcessLock:
     copied one.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, at_rest: bool = False) -> None:
+        """at_rest: A fork waits until no other thread holds it, so that the new process has nothing half done.
+
+        It is for models: a library that runs one may hold locks of its own, which a new process would wait for forever. Who holds
+        such a lock must not wait for another of its kind.
+        """
+        self._at_rest = at_rest
         self._lock = threading.RLock()
         _LOCKS.add(self)
 
@@ -24,21 +30,33 @@ class ProcessLock:
         with self._lock:
             yield
 
-    def renew(self) -> None:
-        """Forget who holds it."""
-        self._lock = threading.RLock()
-
-    def __reduce__(self) -> Tuple[Type["ProcessLock"], Tuple[()]]:
-        return ProcessLock, ()
+    def __reduce__(self) -> Tuple[Type["ProcessLock"], Tuple[bool]]:
+        return ProcessLock, (self._at_rest,)
 
 
 _LOCKS: "weakref.WeakSet[ProcessLock]" = weakref.WeakSet()
+_forking = threading.local()
 
 
-def _renew_all() -> None:
+def _before_fork() -> None:
+    # In one order, so that two threads that fork do not wait for each other.
+    waiting = sorted((lock for lock in list(_LOCKS) if lock._at_rest), key=id)
+    taken: List[Any] = []
+    for lock in waiting:
+        taken.append(lock._lock)
+        lock._lock.acquire()
+    _forking.taken = taken
+
+
+def _after_in_parent() -> None:
+    for taken in _forking.taken:
+        taken.release()
+
+
+def _after_in_child() -> None:
     for lock in list(_LOCKS):
-        lock.renew()
+        lock._lock = threading.RLock()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_renew_all)
+    os.register_at_fork(before=_before_fork, after_in_parent=_after_in_parent, after_in_child=_after_in_child)

@@ -73,6 +73,32 @@ def test_lock_is_free_in_a_forked_process(by_itself):
     assert is_free(lock)
 
 
+@fork_only
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+def test_fork_waits_for_what_must_be_at_rest():
+    """Not for its own thread, and not for other locks. The parent's threads go on afterwards."""
+    locks = [ProcessLock(at_rest=True) for _ in range(3)]
+    other, taken, working = ProcessLock(), threading.Event(), [True]
+
+    def work() -> None:
+        with locks[1].held(), other.held():
+            taken.set()
+            threading.Event().wait(0.5)
+            working.clear()
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    taken.wait(60)
+    with locks[0].held():
+        pid = os.fork()
+        if not pid:
+            os._exit(int(bool(working) or not all(map(is_free, [*locks, other]))))
+        assert not is_free(locks[0])
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    thread.join(60)
+    assert all(map(is_free, [*locks, other]))
+
+
 def fork(lock: ProcessLock) -> int:
     """A child that ends with 0 if the lock is free there, and with 1 if not. RETURNS (int): Its number."""
     pid = os.fork()

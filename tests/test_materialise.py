@@ -1,10 +1,11 @@
 """Task models in a loaded model: the right weights go in, and the base comes back bit for bit."""
 
+import os
 import random
 import tempfile
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Dict, List, Tuple
+from typing import Any, Callable, Dict, List, Tuple
 
 import pytest
 import torch
@@ -501,6 +502,43 @@ def test_failure_midway_restores_the_base(bank, error, n_good):
     fresh = load_model(bank)
     WeightSwitch(fresh, bank.load_adapter, resolve).use(spec)
     assert bits(model) == bits(fresh)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+@pytest.mark.parametrize("spec", [TaskModelSpec(), TaskModelSpec(ONE), TaskModelSpec(TWO, (), MEAN)], ids=str)
+def test_process_that_is_forked_midway(bank, spec):
+    """It has half of one task model and half of another: its first use makes that good."""
+    expected = load_model(bank)
+    WeightSwitch(expected, bank.load_adapter, resolve).use(spec)
+    model, codes = load_model(bank), []
+
+    class Forks(Mean):
+        def __call__(self, task_vectors, weights=None):
+            if not codes:
+                codes.append(
+                    child_code(lambda: (switch.active is None, switch.use(spec), bits(model) == bits(expected)))
+                )
+            return super().__call__(task_vectors, weights)
+
+    methods: Dict[str, List[MergeMethod]] = {"ties": [Ties(0.3)], "mean": [Forks(), Mean()]}
+    switch = WeightSwitch(model, bank.load_adapter, lambda config: methods["mean" if config == MEAN else "ties"].pop(0))
+    switch.use(TaskModelSpec(ALL, (), TIES))
+    switch.use(TaskModelSpec(ALL, (), MEAN))
+    assert codes == [0]
+    assert switch.active == TaskModelSpec(ALL, (), MEAN)
+
+
+def child_code(check: Callable[[], Tuple[Any, ...]]) -> int:
+    """How a child ends that checks something: with 0 if nothing it returns is False."""
+    pid = os.fork()
+    if not pid:
+        code = 1
+        try:
+            code = int(False in check())
+        finally:
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
 def test_weights_that_the_method_refuses(bank):

@@ -125,7 +125,7 @@ class TorchEngine:
         self.max_new_tokens = max_new_tokens
         self.tokens_per_batch = tokens_per_batch
         self.end_ids = end_ids(self.model, tokenizer)
-        self._lock = ProcessLock()
+        self._lock = ProcessLock(at_rest=True)
         self._prefixes: Dict[Tuple[str, Tuple[str, ...]], Any] = {}
         self._rows: Dict[Tuple[Tuple[str, ...], str], _Row] = {}
         self._guesses: Dict[Tuple[Tuple[str, ...], str], Any] = {}

@@ -28,7 +28,7 @@ class SentenceEncoder:
         self.local_files_only = local_files_only
         self._model: Any = None
         self._kept: Dict[bytes, np.ndarray] = {}  # by the hash of the text
-        self._lock = ProcessLock()
+        self._lock = ProcessLock(at_rest=True)
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_model": None, "_kept": {}}
