@@ -14,7 +14,7 @@ from .adapters import Adapter
 from .errors import SamError
 from .lora_config import CONFIG_FILE
 from .models import model_shapes
-from .plan import Expert, Plan, Strict, from_json, to_json
+from .plan import Expert, Plan, Strict, from_json, from_json_text, to_json
 from .stored import check_config, copy_weights, files_of, hash_expert, read_factors
 
 SCHEMA_VERSION = 1
@@ -276,7 +276,11 @@ class ExpertBank:
         folder = _inside(self.path, name)
         if not (folder / CARD_FILE).is_file():
             raise SamError("S104", name=name, path=folder / CARD_FILE)
-        card = from_json(Expert, _read_json(folder / CARD_FILE), "S102", path=folder / CARD_FILE)
+        try:
+            text = (folder / CARD_FILE).read_bytes()
+        except OSError as error:
+            raise SamError("S102", path=folder / CARD_FILE, reason=error) from error
+        card = from_json_text(Expert, text, "S102", path=folder / CARD_FILE)
         if card.name != name:
             raise SamError("S102", path=folder / CARD_FILE, reason=f"it is the card of '{card.name}'")
         if card.base_hash != self.base_hash:
@@ -344,7 +348,8 @@ def _hub_hash(base: str, revision: Optional[str]) -> str:
 
 def _inside(bank: Path, name: str) -> Path:
     folder = bank / EXPERTS_DIR / name
-    if not folder.resolve().is_relative_to(bank.resolve()):
+    linked = any(map(os.path.islink, (folder, folder.parent)))  # else it is inside: a name has no separators
+    if linked and not folder.resolve().is_relative_to(bank.resolve()):
         raise SamError("S104", name=name, path=folder)
     return folder
 

@@ -113,42 +113,40 @@ class _Directions(NamedTuple):
     v: Tensor
 
 
+class _Part(NamedTuple):
+    """What is kept of a matrix: of each direction its width, its scale and its codes as bytes; and the squared error."""
+
+    widths: List[int]
+    scales: List[float]
+    codes: List[np.ndarray]
+    lost: float
+
+
 def compress(adapter: Adapter, bits: float, source_hash: str = "") -> Compressed:
     """Compress an adapter.
 
     adapter (Adapter): Its factors.
-    bits (float): Bits for each number of the factors, on average and with all that the files hold beside
-        them; above 0.
+    bits (float): Bits for each number of the factors, on average and with all that the files hold beside them; above 0.
     source_hash (str): The adapter's content hash, to be kept.
     RETURNS (Compressed): The compressed expert; an adapter that changes nothing becomes one without directions.
     """
-    found = {key: _take_apart(factors) for key, factors in adapter.matrices.items()}
-    widths = _widths(list(found.values()), bits)
-    matrices, kept_widths, scales, codes = [], [], [], []
-    lost = total = 0.0
-    for (key, (u, s, v)), chosen in zip(found.items(), widths):
-        kept = [place for place, width in enumerate(chosen) if width]
-        pairs = [(_round(u[:, place], chosen[place]), _round(v[:, place], chosen[place])) for place in kept]
-        rounded = [
-            torch.stack([levels(chosen[place])[pair[side]] for place, pair in zip(kept, pairs)], 1)
-            if kept
-            else like.new_zeros((len(like), 0))
-            for side, like in enumerate((u, v))
-        ]
-        fitted, error = _fit(_Directions(u, s, v), rounded[0], rounded[1])
-        lost, total = lost + error, total + float(s.square().sum())
-        scales += fitted
-        kept_widths += [chosen[place] for place in kept]
-        codes += [pack(torch.cat(pair), chosen[place]) for place, pair in zip(kept, pairs)]
-        matrices.append(Matrix(key, len(u), len(v), len(kept), adapter.matrices[key].transposed))
+    exact = {key: _take_apart(factors) for key, factors in adapter.matrices.items()}
+    parts = [_round_matrix(each, widths) for each, widths in zip(exact.values(), _widths(list(exact.values()), bits))]
+    matrices = tuple(
+        Matrix(key, len(exact[key].u), len(exact[key].v), len(part.widths), adapter.matrices[key].transposed)
+        for key, part in zip(exact, parts)
+    )
+    widths = [width for part in parts for width in part.widths]
+    codes = [each for part in parts for each in part.codes]
     data = {
         "codes": torch.from_numpy(np.concatenate([np.zeros(0, np.uint8), *codes])),
-        "widths": torch.tensor(kept_widths, dtype=torch.uint8),
-        "scales": torch.tensor(scales, dtype=torch.float32),
-        "levels": torch.cat([torch.zeros(0), *(levels(w) for w in range(1, max(kept_widths, default=0) + 1))]),
+        "widths": torch.tensor(widths, dtype=torch.uint8),
+        "scales": torch.tensor([scale for part in parts for scale in part.scales], dtype=torch.float32),
+        "levels": torch.cat([torch.zeros(0), *(levels(width) for width in range(1, max(widths, default=0) + 1))]),
     }
+    lost, total = sum(part.lost for part in parts), sum(float(each.s.square().sum()) for each in exact.values())
     error = math.sqrt(max(lost, 0.0) / total) if total else 0.0
-    return Compressed(Head(tuple(matrices), float(bits), round(error, 6), source_hash), data)
+    return Compressed(Head(matrices, float(bits), round(error, 6), source_hash), data)
 
 
 def _take_apart(factors: LoraFactors) -> _Directions:
@@ -162,9 +160,8 @@ def _take_apart(factors: LoraFactors) -> _Directions:
 def _widths(found: List[_Directions], bits: float) -> List[List[int]]:
     """Bits of each direction of each matrix: the steps that take away most squared error for their bits, until none is left."""
     asked = sum(bits * (len(d.u) + len(d.v)) * len(d.s) for d in found)
-    budget = max(
-        asked - 8 * (FILE_BYTES + MATRIX_BYTES * len(found)), asked / 2
-    )  # half: of small ones, the names weigh more
+    besides = 8 * (FILE_BYTES + MATRIX_BYTES * len(found))
+    budget = max(asked - besides, asked / 2)  # of small adapters, the names weigh more than the numbers
     errors = [1.0, *(1 - (1 - _distortion(width)) ** 2 for width in range(1, MAX_WIDTH + 1))]
     steps: List[Tuple[float, int, int, int, int]] = []
     for number, (u, s, v) in enumerate(found):
@@ -218,6 +215,18 @@ def _round(vector: Tensor, width: int) -> Tensor:
     return torch.bucketize(vector / size, (table[1:] + table[:-1]) / 2)
 
 
+def _round_matrix(exact: _Directions, widths: List[int]) -> _Part:
+    """Round the directions that have bits, and fit a scale to each."""
+    kept = [(exact.u[:, place], exact.v[:, place], width) for place, width in enumerate(widths) if width]
+    codes = [(_round(u, width), _round(v, width)) for u, v, width in kept]
+    u, v = exact.u.new_zeros((len(exact.u), len(kept))), exact.v.new_zeros((len(exact.v), len(kept)))
+    for place, ((of_u, of_v), (_, _, width)) in enumerate(zip(codes, kept)):
+        u[:, place], v[:, place] = levels(width)[of_u], levels(width)[of_v]
+    scales, lost = _fit(exact, u, v)
+    packed = [pack(torch.cat(pair), width) for pair, (_, _, width) in zip(codes, kept)]
+    return _Part([width for _, _, width in kept], scales, packed, lost)
+
+
 def _fit(exact: _Directions, u: Tensor, v: Tensor) -> Tuple[List[float], float]:
     """Least squares of dW by rounded directions.
 
@@ -225,11 +234,8 @@ def _fit(exact: _Directions, u: Tensor, v: Tensor) -> Tuple[List[float], float]:
     u (Tensor): Rounded, [n_out, n_kept]. v (Tensor): Rounded, [n_in, n_kept].
     RETURNS (Tuple[List[float], float]): A factor for each kept direction, and the squared error that is left.
     """
-    total = float(exact.s.double().square().sum())
-    if not u.shape[1]:
-        return [], total
     u, v = u.double(), v.double()
     products = (u.T @ u) * (v.T @ v)
     wanted = ((u.T @ exact.u.double() * exact.s.double()) * (v.T @ exact.v.double())).sum(1)
-    factors = torch.linalg.solve(products, wanted)
-    return factors.float().tolist(), total - float(factors @ wanted)
+    factors = torch.linalg.pinv(products, hermitian=True) @ wanted  # short vectors may be rounded to equal ones
+    return factors.float().tolist(), float(exact.s.double().square().sum() - factors @ wanted)

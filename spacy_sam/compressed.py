@@ -77,7 +77,7 @@ def expand(compressed: Compressed) -> Adapter:
             width = widths[place + row]
             taken = n_bytes(size, width)
             table = tables[2**width - 2 :]  # the narrower tables before it have 2 + 4 + ... levels
-            both[row] = table[_unpack(codes[start : start + taken], size, width)]
+            both[row] = table[unpack(codes[start : start + taken], size, width)]
             start += taken
         b = both[:, : matrix.n_out] * scales[place : place + matrix.n_directions, None]
         place += matrix.n_directions
@@ -96,7 +96,7 @@ def pack(codes: Tensor, width: int) -> np.ndarray:
     return np.packbits((codes.numpy()[:, None] >> shifts & 1).astype(np.uint8))
 
 
-def _unpack(packed: np.ndarray, size: int, width: int) -> Tensor:
+def unpack(packed: np.ndarray, size: int, width: int) -> Tensor:
     """The reverse of `pack`: [size], int64."""
     bits = np.unpackbits(packed, count=size * width).reshape(size, width)
     return torch.from_numpy(bits.astype(np.int64) @ (1 << np.arange(width - 1, -1, -1)))

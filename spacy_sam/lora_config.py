@@ -54,6 +54,7 @@ HARMLESS = (
     "target_modules",
     "task_type",
 )
+KNOWN = {*DECIDING, *HARMLESS, *REFUSED}
 
 
 def read_adapter_config(folder: Path, name: str) -> Dict[str, Any]:
@@ -65,10 +66,10 @@ def read_adapter_config(folder: Path, name: str) -> Dict[str, Any]:
     RAISES: SamError S104 if files are missing, S118 if the weights are a pickle, S107 if the config is damaged, S106 for a kind
         that cannot be merged.
     """
-    if not (folder / WEIGHTS_FILE).is_file() and (folder / PICKLE_FILE).is_file():
-        raise SamError("S118", name=name, path=folder / PICKLE_FILE)
     for file in (CONFIG_FILE, WEIGHTS_FILE):
         if not (folder / file).is_file():
+            if file == WEIGHTS_FILE and (folder / PICKLE_FILE).is_file():
+                raise SamError("S118", name=name, path=folder / PICKLE_FILE)
             raise SamError("S104", name=name, path=folder / file)
     try:
         config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf8"))
@@ -109,8 +110,8 @@ def refusals(config: Mapping[str, Any]) -> List[Tuple[str, str]]:
         found.append((f"init_lora_weights={config['init_lora_weights']!r}", f"{OTHER_BASE}; {advice}"))
     # An empty object is a kind with its default settings, to peft.
     found += [(feature, reason) for feature, reason in REFUSED.items() if config.get(feature) not in (None, False, [])]
-    known = {*DECIDING, *HARMLESS, *REFUSED}
-    found += [(key, "this version does not know that entry") for key in sorted({*config} - known) if config[key]]
+    unknown = sorted(key for key in config.keys() - KNOWN if config[key])
+    found += [(key, "this version does not know that entry") for key in unknown]
     return found
 
 
