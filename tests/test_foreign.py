@@ -149,6 +149,23 @@ def test_foreign_layout_is_that_of_the_layer_whatever_the_config_says(kind, says
     assert_same_as_peft(bank, adapter, texts)
 
 
+def test_foreign_base_whose_files_name_weights_otherwise_than_the_model(banks, texts, tmp_path):
+    """The files of the first GPT-2 on the hub have no `transformer.` before their names; transformers puts it there."""
+    base = Path(shutil.copytree(banks["gpt2"].base[0], tmp_path / "bank" / "base"))
+    tensors = load_file(base / "model.safetensors")
+    save_file({key.removeprefix("transformer."): t for key, t in tensors.items()}, base / "model.safetensors")
+    bank = ExpertBank.create(tmp_path / "bank", base="base", prompt=PROMPT, encoder=ENCODER)
+    assert_same_as_peft(bank, save_adapter(tmp_path / "adapter", base), texts)
+
+
+@pytest.mark.parametrize("kind", ["bart", "tagger"])
+def test_foreign_adapters_of_other_kinds_of_base_are_taken(kind, texts, tmp_path):
+    bank = make_tiny_bank(tmp_path / "bank", n_experts=1, architecture=kind)
+    import_adapter(bank, "new", bank.folder("expert0"), domain="x", texts=texts)
+    assert bank.adapter_hash("new") == bank.adapter_hash("expert0")
+    assert bank.check() == ["expert0", "new"]
+
+
 def test_foreign_adapter_converted_from_pissa_computes_what_peft_computes(bank_of, texts, tmp_path):
     """peft's own conversion takes the change of the base's weights into the factors."""
     bank = bank_of("llama")
