@@ -76,8 +76,8 @@ def scores(bank: ExpertBank, dev: Dict[str, List[Target]], targets: List[Target]
     """F1 of each expert on its own dev sets, and of SaM on targets."""
     nlp, component = ev.make_pipeline(bank.path, labels=["any"])
     alone: Dict[str, float] = {}
-    for name, corpora in dev.items():
-        for target in corpora:
+    for name, own in dev.items():
+        for target in own:
             component.set_labels(target.labels)
             alone[target.name] = round(ev.score(nlp, component, target.records, ev.plan_of(bank, [name])).f, 4)
     corpora = {target.name: target.records for target in targets}

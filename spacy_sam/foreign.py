@@ -88,25 +88,15 @@ def check_named_base(bank: ExpertBank, config: Mapping[str, Any], folder: Path, 
     places = (folder / named, Path(named)) if named else ()
     local = next((path for path in places if any(path.glob("*.safetensors"))), None)
     if local and Path(source).is_dir():
-        found = hash_base(local)
-        if found != bank.base_hash:
-            raise SamError(
-                "S119", name=name, found=f"'{named}' (hash {found})", expected=f"{source} (hash {bank.base_hash})"
-            )
-        return
-    known = _names_of_base(bank)
-    revisions = {str(config.get("revision") or "main"), str(revision or "main")}
-    same = any(_same_name(named, each) for each in known)
-    if not same or len(revisions) > 1:
-        found = (
-            f"'{named}'" + (f", revision {config['revision']}" if config.get("revision") else "")
-            if named
-            else "nothing"
-        )
-        expected = " or ".join(sorted(known)) or source
-        raise SamError(
-            "S119", name=name, found=found, expected=expected + (f", revision {revision}" if revision else "")
-        )
+        found, expected = hash_base(local), bank.base_hash
+        same = found == expected
+    else:
+        known = _names_of_base(bank)
+        found, expected = f"revision {config.get('revision') or 'main'}", f"revision {revision or 'main'}"
+        same = found == expected and any(_same_name(named, each) for each in known)
+        source = " or ".join(sorted(known)) or source
+    if not same:
+        raise SamError("S119", name=name, found=f"'{named}' ({found})", expected=f"'{source}' ({expected})")
 
 
 def _names_of_base(bank: ExpertBank) -> Set[str]:
