@@ -11,11 +11,14 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Mapping, Optional, Tuple, Union
 
-from .adapters import CONFIG_FILE, WEIGHTS_FILE, Adapter, hash_adapter, read_adapter, read_adapter_config
+from .adapters import Adapter
 from .bases import base_shapes, hash_base, hub_hash
 from .errors import SamError
 from .locks import ProcessLock
-from .plan import Expert, Plan, Strict, TaskModelSpec, from_json, to_json
+from .lora_config import CONFIG_FILE
+from .models import model_shapes
+from .plan import Expert, Plan, Strict, TaskModelSpec, from_json, from_json_text, to_json
+from .stored import check_config, copy_weights, files_of, read_factors
 from .versions import CARD_FILE, AdapterVersions, Changes, Signature, compare, signature
 
 SCHEMA_VERSION = 1
@@ -58,7 +61,7 @@ class ExpertBank:
         """
         self.path = Path(path)
         self._lock = ProcessLock()
-        self._versions = AdapterVersions(read_adapter, hash_adapter)
+        self._versions = AdapterVersions(read_factors, hash_expert)
         self._fixed: Optional[Dict[str, str]] = None  # of a snapshot: the versions that were asked for
         self._file = _read_bank_file(self.path)
         # Never changed in place: who reads them in another thread goes on with the ones there were.
@@ -174,11 +177,11 @@ class ExpertBank:
 
         adapter_hash (Optional[str]): The version that is wanted; it is found in memory if somebody still holds it. None for what
             the folder has.
-        RAISES: SamError S106 or S107 if they cannot be merged or are damaged, S413 if the bank has another version by now.
+        RAISES: SamError S106, S107 or S120 if they cannot be merged or are damaged, S413 if the bank has another version by now.
         """
         wanted = adapter_hash or (self._fixed or {}).get(name)
         if wanted is None:
-            return read_adapter(self.folder(name), name)
+            return read_factors(self.folder(name), name)
         return self._versions.load(lambda: self.folder(name), name, wanted)
 
     def of_versions(self, spec: TaskModelSpec) -> TaskModelSpec:
@@ -246,14 +249,20 @@ class ExpertBank:
         RETURNS (List[str]): The names of the experts checked.
         RAISES: SamError S104 to S107, S110, S403 or S503 at the first thing that is wrong.
         """
-        base = Path(self.base[0])
         self.check_base()
-        shapes = base_shapes(base) if base.is_dir() else None
         for name in self._cards:
-            adapter = self.load_adapter(name)
-            if shapes is not None:
-                adapter.check_shapes(shapes, name)
+            self._check_shapes(self.load_adapter(name), name)
         return sorted(self._cards)
+
+    def _check_shapes(self, adapter: Adapter, name: str) -> None:
+        """Of a base that is a folder; one on a hub is not asked for."""
+        base = Path(self.base[0])
+        if not base.is_dir():
+            return
+        shapes = base_shapes(base)
+        if not adapter.matrices.keys() <= shapes.keys():  # some files name weights otherwise than the model does (gpt2)
+            shapes.update(model_shapes(str(base)))
+        adapter.check_shapes(shapes, name, either_way=True)
 
     def check_base(self) -> None:
         """RAISES: SamError S110 if the base on disk is not the one the experts were trained on, S503 if it is gone."""
@@ -278,39 +287,45 @@ class ExpertBank:
         file = folder / CARD_FILE
         if not file.is_file():
             raise SamError("S104", name=name, path=file)
-        return from_json(Expert, _read_json(file), "S102", path=file)
+        try:
+            text = file.read_bytes()
+        except OSError as error:
+            raise SamError("S102", path=file, reason=error) from error
+        return from_json_text(Expert, text, "S102", path=file)
+
+    def check_new_name(self, name: str) -> None:
+        """RAISES: SamError S114 for a name that no expert can have, S109 for one that an expert has."""
+        if not NAME.fullmatch(name):
+            raise SamError("S114", name=name)
+        if name in self._cards or name in _read_bank_file(self.path).experts:
+            raise SamError("S109", name=name)
 
     def add(self, name: str, adapter: Union[str, Path], card: Expert) -> None:
         """Copy an adapter folder into the bank under `name`. No other expert is touched.
 
         name (str): Its name here.
-        adapter (Union[str, Path]): A PEFT folder with safetensors weights.
+        adapter (Union[str, Path]): A PEFT folder with safetensors weights, or a compressed expert.
         card (Expert): Its card; `card.name` is replaced by `name`.
-        RAISES: SamError S109 or S114 for the name, S102 for the card, S105 to S107 or S403 if it cannot be merged.
+        RAISES: SamError S109 or S114 for the name, S102 for the card, S105 to S107, S118, S120 or S403 if it cannot be merged.
             The bank is then unchanged.
         """
-        if not NAME.fullmatch(name):
-            raise SamError("S114", name=name)
-        if name in self._cards or name in _read_bank_file(self.path).experts:
-            raise SamError("S109", name=name)
+        self.check_new_name(name)
         if card.base_hash != self.base_hash:
             raise SamError("S105", name=name, found=card.base_hash, expected=self.base_hash)
         with self._lock.held():
             self._add(name, Path(adapter), card)
 
     def _add(self, name: str, source: Path, card: Expert) -> None:
-        loaded = read_adapter(source, name)
-        base = Path(self.base[0])
-        if base.is_dir():
-            loaded.check_shapes(base_shapes(base), name)
+        self._check_shapes(read_factors(source, name), name)
         target = self.path / EXPERTS_DIR / name
         checked = from_json(Expert, asdict(replace(card, name=name)), "S102", path=target / CARD_FILE)
         target.parent.mkdir(parents=True, exist_ok=True)
         staged = Path(tempfile.mkdtemp(prefix=".adding-", dir=target.parent))
         try:
-            shutil.copyfile(source / WEIGHTS_FILE, staged / WEIGHTS_FILE)
-            config = _read_json(source / CONFIG_FILE)
-            write_json(staged / CONFIG_FILE, {**config, "base_model_name_or_path": self._base_from_expert()})
+            copy_weights(source, staged)
+            if CONFIG_FILE in files_of(source):
+                config = _read_json(source / CONFIG_FILE)
+                write_json(staged / CONFIG_FILE, {**config, "base_model_name_or_path": self._base_from_expert()})
             write_json(staged / CARD_FILE, to_json(checked))
             if target.exists():  # left over from an add that was stopped: bank.json does not know it
                 shutil.rmtree(target)
@@ -367,7 +382,7 @@ class ExpertBank:
             raise SamError("S102", path=folder / CARD_FILE, reason=f"it is the card of '{card.name}'")
         if card.base_hash != self.base_hash:
             raise SamError("S105", name=name, found=card.base_hash, expected=self.base_hash)
-        read_adapter_config(folder, name)
+        check_config(folder, name)
         return card
 
 
@@ -386,7 +401,8 @@ def bundled_bank_path() -> Path:
 
 def _inside(bank: Path, name: str) -> Path:
     folder = bank / EXPERTS_DIR / name
-    if not folder.resolve().is_relative_to(bank.resolve()):
+    linked = any(map(os.path.islink, (folder, folder.parent)))  # else it is inside: a name has no separators
+    if linked and not folder.resolve().is_relative_to(bank.resolve()):
         raise SamError("S104", name=name, path=folder)
     return folder
 

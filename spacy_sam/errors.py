@@ -17,8 +17,8 @@ MESSAGES = {
     "with 'card.json', 'adapter_config.json' and 'adapter_model.safetensors'.",
     "S105": "Expert '{name}' was trained on another base ({found}) than this bank's ({expected}). "
     "Experts can only be merged when they share a base: train it on this bank's base.",
-    "S106": "Expert '{name}' uses {feature}, whose weight change is not scale * B @ A, so it cannot be merged exactly. "
-    "Train it as plain LoRA (no rslora, no DoRA, bias='none').",
+    "S106": "Expert '{name}' uses {feature}, so it cannot be merged exactly: {reason}. "
+    "Train it as plain LoRA (no DoRA, bias='none'); docs/bank_adapters.md says what else can be merged.",
     "S107": "Expert '{name}': {problem}. The adapter file is damaged or was made for another model: train it again.",
     "S108": "There is no expert '{name}' in the bank. It has: {known}.",
     "S109": "There is an expert '{name}' in the bank already. Remove it first, or add this one under another name.",
@@ -32,6 +32,13 @@ MESSAGES = {
     "S115": "The bundled bank is not in this installation. Reinstall spacy-sam, or set 'bank' to a bank folder.",
     "S116": "The plan was made with another version of expert '{name}' than the bank holds now. Select again.",
     "S117": "There is a bank at {path} already. Add experts to it, or give another folder.",
+    "S118": "Expert '{name}': {path} is a pickle, which can run any code when it is read. Convert it where you trust it: "
+    "load it with torch.load(path, weights_only=True), and write the tensors with safetensors.torch.save_file to "
+    "'adapter_model.safetensors' beside it (docs/bank_adapters.md has the lines).",
+    "S119": "Expert '{name}': its config says that it was trained on {found}, and the base of this bank is {expected}. If they "
+    "are the same model, say so with --same-base (same_base=True); on another base its weight change means nothing.",
+    "S120": "Expert '{name}' is compressed, and {problem}. Compress it again from the original bank.",
+    "S121": "There is something at {path} already. Give the compressed bank a folder of its own.",
     "S122": "Similarity needs at least two experts, and the bank has: {found}. Add experts with `spacy sam bank add`.",
     "S123": "There is something at {path} already. Give a folder that is empty or not there.",
     # Prompts, windows, alignment

@@ -4,9 +4,11 @@ import hashlib
 import json
 import math
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Dict, Mapping, Optional, Tuple, Type, TypeVar, Union
 
+import numpy as np
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from .errors import SamError
@@ -37,6 +39,11 @@ class Centroid(Strict):
     encoder: str
     n_texts: int
     vector: Tuple[float, ...]
+
+    @cached_property
+    def array(self) -> np.ndarray:
+        """`vector` as float32, made once: a bank of many experts is ranked again and again."""
+        return np.fromiter(self.vector, np.float32, len(self.vector))
 
 
 @dataclass(frozen=True)
@@ -212,8 +219,19 @@ def from_json(cls: Type[T], data: Any, code: str, **fields: object) -> T:
     try:
         return _adapter(cls).validate_python(data)
     except ValidationError as error:
-        reasons = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
-        raise SamError(code, reason="; ".join(reasons), **fields) from error
+        raise SamError(code, reason=_reasons(error), **fields) from error
+
+
+def from_json_text(cls: Type[T], text: bytes, code: str, **fields: object) -> T:
+    """Build a dataclass from the text of a JSON file, faster than `from_json`. RAISES: as `from_json`."""
+    try:
+        return _adapter(cls).validate_json(text)
+    except ValidationError as error:
+        raise SamError(code, reason=_reasons(error), **fields) from error
+
+
+def _reasons(error: ValidationError) -> str:
+    return "; ".join(f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors())
 
 
 def _adapter(cls: Any) -> TypeAdapter:

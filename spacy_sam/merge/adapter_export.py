@@ -12,9 +12,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..adapters import CONFIG_FILE, KEY_PREFIX, WEIGHTS_FILE, LoraFactors, read_adapter_config
-from ..bank import ExpertBank, base_shapes, write_json
+from ..adapters import KEY_PREFIX, LoraFactors
+from ..bank import ExpertBank, write_json
+from ..bases import base_shapes
 from ..errors import SamError
+from ..lora_config import CONFIG_FILE, WEIGHTS_FILE, read_adapter_config
 from ..plan import Plan, TaskModelSpec
 from .factors import Method
 from .merged import merged_factors

@@ -49,6 +49,7 @@ class WeightSwitch:
         """
         self._parameters = dict(model.named_parameters(remove_duplicate=False))
         self._ties = _tied_names(self._parameters)
+        self._transposed = _transposed(model)
         self._load_adapter = load_adapter
         self._resolve = resolve
         self._adapter_hash = adapter_hash
@@ -138,14 +139,8 @@ class WeightSwitch:
 
     def _read(self, name: str, version: Optional[str]) -> Adapter:
         """Read an expert, check that it can be merged here, and put its factors where the weights are."""
-        adapter = self._load_adapter(name) if version is None else self._load_adapter(name, version)
-        for matrix in adapter.matrices:
-            parameter = self._parameters.get(matrix)
-            if parameter is not None and parameter.dtype not in FLOATS:
-                raise SamError("S405", expert=name, matrix=matrix, dtype=parameter.dtype)
-            if matrix in self._ties:
-                raise SamError("S404", expert=name, matrix=matrix, other=self._ties[matrix])
-        adapter.check_shapes({key: tuple(parameter.shape) for key, parameter in self._parameters.items()}, name)
+        loaded = self._load_adapter(name) if version is None else self._load_adapter(name, version)
+        adapter = _fitted(loaded, name, self._parameters, self._ties, self._transposed)
         return Adapter({key: _placed(factors, self._parameters[key]) for key, factors in adapter.matrices.items()})
 
     def _merge(
@@ -177,6 +172,49 @@ class WeightSwitch:
         for matrix in matrices:
             self._parameters[matrix].copy_(self._originals[matrix])
             self._changed.discard(matrix)
+
+
+def check_fit(model: nn.Module, adapter: Adapter, name: str) -> None:
+    """Check that an adapter can be merged into a model, of which only the structure is needed.
+
+    model (nn.Module): The base, on any device; on `meta` it has no weights.
+    adapter (Adapter): The adapter.
+    name (str): The expert's name, for messages.
+    RAISES: SamError S403, S107, S404 or S405, as `WeightSwitch.use`.
+    """
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    _fitted(adapter, name, parameters, _tied_names(parameters), _transposed(model))
+
+
+def _fitted(
+    adapter: Adapter,
+    name: str,
+    parameters: Mapping[str, Tensor],
+    ties: Mapping[str, str],
+    transposed: Mapping[str, bool],
+) -> Adapter:
+    """The adapter in the base's layout, if it can be merged there."""
+    for matrix in adapter.matrices:
+        parameter = parameters.get(matrix)
+        if parameter is not None and parameter.dtype not in FLOATS:
+            raise SamError("S405", expert=name, matrix=matrix, dtype=parameter.dtype)
+        if matrix in ties:
+            raise SamError("S404", expert=name, matrix=matrix, other=ties[matrix])
+    fitted = adapter.laid_out(transposed)
+    fitted.check_shapes({key: tuple(parameter.shape) for key, parameter in parameters.items()}, name)
+    return fitted
+
+
+def _transposed(model: nn.Module) -> Dict[str, bool]:
+    """For the weight of each linear layer, whether it is kept as [in, out]: transformers' Conv1D does that (GPT-2)."""
+    from transformers.pytorch_utils import Conv1D
+
+    layers = [
+        (name, layer)
+        for name, layer in model.named_modules(remove_duplicate=False)
+        if isinstance(layer, (nn.Linear, Conv1D))
+    ]
+    return {f"{name}.weight": isinstance(layer, Conv1D) for name, layer in layers}
 
 
 def _placed(factors: LoraFactors, parameter: Tensor) -> LoraFactors:
