@@ -18,7 +18,7 @@ from .locks import ProcessLock
 from .lora_config import CONFIG_FILE
 from .models import model_shapes
 from .plan import Expert, Plan, Strict, TaskModelSpec, from_json, from_json_text, to_json
-from .stored import check_config, copy_weights, files_of, read_factors
+from .stored import check_config, copy_weights, files_of, hash_expert, read_factors
 from .versions import CARD_FILE, AdapterVersions, Changes, Signature, compare, signature
 
 SCHEMA_VERSION = 1
