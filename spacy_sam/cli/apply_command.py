@@ -98,7 +98,7 @@ def _run(inputs: List[Path], out: Path, settings: Any) -> Any:
     from ..scale.progress import Progress
     from ..scale.run import apply_corpus
 
-    progress = Progress(bar=progress_wanted(), say=msg.text)
+    progress = Progress(bar=progress_wanted(), say=typer.echo)
 
     def start(shards: List[Any], todo: List[Any]) -> None:
         done = len(shards) - len(todo)
@@ -121,8 +121,8 @@ def _print_summary(summary: Any, out: Path) -> None:
     if summary.all_well:
         msg.good(f"{counts}: {out}")
         return
-    msg.warn(
-        f"{counts}: {out}",
+    msg.warn(f"{counts}: {out}")
+    typer.echo(
         f"Problems: {summary.malformed} malformed lines, {summary.failed} documents that failed, "
-        f"{summary.unreadable} shards not done. They are listed in {summary.problems}.",
+        f"{summary.unreadable} shards not done. They are listed in {summary.problems}."
     )

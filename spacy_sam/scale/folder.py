@@ -156,10 +156,16 @@ class OutputFolder:
         """What is known of a shard's output; None if there is none, or not as it was written."""
         entry = _read_json(self.entry_path(key))
         try:
-            whole = entry is not None and self.output(key).stat().st_size == entry["output_bytes"]
+            whole = entry is not None and self._recorded(key, entry).stat().st_size == entry["output_bytes"]
         except (OSError, KeyError):
             return None
         return entry if whole else None
+
+    def _recorded(self, key: str, entry: Dict[str, Any]) -> Path:
+        """A shard's output, which another format may have made, with another suffix."""
+        name = str(entry.get("output"))
+        ours = name.startswith(key) and "/" not in name[len(key) :]
+        return self.path / name if ours else self.output(key)
 
     def keys(self) -> List[str]:
         """Keys of all shards that have an entry."""
@@ -169,7 +175,7 @@ class OutputFolder:
     def remove(self, key: str) -> None:
         """Remove a shard's output and entry, the entry last: a killed run is asked again."""
         entry = _read_json(self.entry_path(key)) or {}
-        for path in (self.path / entry.get("output", key + self.suffix), self.entry_path(key)):
+        for path in (self._recorded(key, entry), self.entry_path(key)):
             path.unlink(missing_ok=True)
 
     def write_problems(self, problems: Sequence[Dict[str, Any]]) -> Optional[Path]:

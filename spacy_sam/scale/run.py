@@ -127,8 +127,8 @@ def apply_corpus(
     folder = OutputFolder(out, FORMATS[settings.format].suffix)
     folder.check_names(shards)
     prepared = prepare(settings.spec)
+    run = _Run(folder, shards, settings, prepared)
     with folder.locked():
-        run = _Run(folder, shards, settings, prepared)
         todo = run.settle()
         on_start(shards, todo)
         results: List[Result] = []

@@ -5,7 +5,7 @@ import os
 import random
 from collections import Counter
 from itertools import accumulate
-from typing import Iterator, List, Sequence, Tuple
+from typing import Any, Iterator, List, Sequence, Tuple
 
 from .readers import Item, Reader, UnreadableError
 from .shards import Shard
@@ -75,15 +75,19 @@ def _lines_at_random(shard: Shard, n: int, text_field: str, random_: random.Rand
 
 def _texts(shard: Shard, text_field: str) -> Iterator[str]:
     """The texts of a shard, up to where it can be read."""
-    import spacy
-
-    vocab = spacy.blank("xx").vocab if shard.kind == "spacy" else None
+    vocab = _vocab() if shard.kind == "spacy" else None
     try:
         for item in Reader(shard, text_field=text_field, vocab=vocab):
             if isinstance(item, Item) and item.text.strip():
                 yield item.text
     except UnreadableError:
         return
+
+
+def _vocab() -> Any:
+    import spacy
+
+    return spacy.blank("xx").vocab
 
 
 def _reservoir(texts: Iterator[str], n: int, random_: random.Random) -> List[str]:

@@ -141,7 +141,7 @@ def _folder(folder: Path, out: Path, shard_size: Optional[int], txt: str) -> Ite
             texts.append(relative)
         elif _suffix(path):
             yield from _file(path, relative, shard_size, txt)
-    yield from _text_files(folder, texts)
+    yield from _text_files(folder, sorted(texts))
 
 
 def _walk(folder: Path, out: Path) -> Iterator[Path]:
