@@ -254,3 +254,37 @@ def test_apply_ray_cluster_that_does_not_answer(tmp_path, address):
     pytest.importorskip("ray")
     with pytest.raises(SamError, match=r"^\[S815\]"):
         run([write(tmp_path / "a.jsonl", {"text": "Anna"})], tmp_path / "out", engine="ray", address=address)
+
+
+# A real model
+
+
+@pytest.mark.timeout(600)
+def test_apply_a_real_model_on_processes(remembering_bank, tmp_path):
+    """Selected by one worker, annotated by one or two: the same bytes, and what the model knows."""
+    from pipelines import make_nlp
+    from remembering import REMEMBERED
+
+    from spacy_sam.scale.job import PipelineSpec
+    from spacy_sam.scale.run import Settings, apply_corpus
+
+    settings = {
+        "engine": {"@misc": "spacy_sam.TorchEngine.v1", "device": "cpu"},
+        "strategy": {"@misc": "spacy_sam.SaM.v1", "selectors": {"similarity": None}},
+        "batch_size": 3,
+    }
+    nlp, _ = make_nlp(remembering_bank, **settings)
+    nlp.to_disk(tmp_path / "pipeline")
+    for number in range(4):
+        (tmp_path / "corpus").mkdir(exist_ok=True)
+        write(tmp_path / "corpus" / f"{number}.jsonl", *({"text": text} for text in list(REMEMBERED) * 2))
+    spec = PipelineSpec(pipeline=str(tmp_path / "pipeline"))
+    plans = set()
+    for n in (1, 2):
+        done = apply_corpus([tmp_path / "corpus"], tmp_path / str(n), Settings(spec=spec, n_process=n))
+        assert (done.documents, done.all_well) == (4 * 2 * len(REMEMBERED), True)
+        plans.add(done.plan.fingerprint)
+    assert len(plans) == 1
+    assert outputs(tmp_path / "1") == outputs(tmp_path / "2")
+    rows = [json.loads(line) for line in outputs(tmp_path / "1")["0.jsonl"].splitlines()]
+    assert [[tuple(entity[:3]) for entity in row["entities"]] for row in rows] == list(REMEMBERED.values()) * 2

@@ -17,6 +17,7 @@ from spacy.tokens import DocBin
 from typer.main import get_command
 from typer.testing import CliRunner
 
+import spacy_sam.cli.apply_command
 import spacy_sam.cli.bank_commands
 import spacy_sam.cli.commands  # noqa: F401 (registers the commands)
 from spacy_sam import evaluate as ev
@@ -33,6 +34,7 @@ COMMANDS = [
     "merge",
     "evaluate",
     "report",
+    "apply",
     "demo",
     "bank list",
     "bank check",
@@ -126,7 +128,9 @@ def test_cli_without_command_shows_help(run, args):
     result = run(*args)
     assert result.exit_code == 2
     for command in (
-        ("list", "check", "add", "remove") if args else ("train", "select", "merge", "evaluate", "report", "demo")
+        ("list", "check", "add", "remove")
+        if args
+        else ("train", "select", "merge", "evaluate", "report", "apply", "demo")
     ):
         assert command in result.output
 
