@@ -115,6 +115,18 @@ MESSAGES = {
     "S801": "No documents in {path}.",
     "S802": "{problem}",
     "S803": "Task model {number} ({name}) cannot be written as an adapter: {reason}. Write it as a model folder (`--as model`).",
+    "S810": "Nothing to annotate in {path}. Give .jsonl (also .jsonl.gz, .jsonl.zst), .parquet, .spacy or .txt files, "
+    "or folders of such.",
+    "S811": "{path} holds the output of another run: {differences}. Give another folder, or --overwrite to replace what differs.",
+    "S812": "{name} would be written from {first}, and it is also for {second}. Rename an input, give the folder that both "
+    "are in, or write to another folder.",
+    "S813": "Cannot write {path}: {reason}. Outputs that are finished stay; the same command goes on when that is mended.",
+    "S814": "{path} needs {package}: pip install 'spacy-sam[{extra}]'.",
+    "S815": "Ray at {address} does not answer: {reason}. Start a cluster with `ray start --head`, "
+    "or leave out --address for a Ray on this machine.",
+    "S816": "No worker could annotate: {reason}. Try with --engine local, one process, and a smaller model or more memory.",
+    "S817": "Pipeline {pipeline} must have one sam_ner: {problem}.",
+    "S818": "Another run is writing to {path}. Wait for it, or stop it.",
 }
 
 

@@ -17,6 +17,7 @@ from spacy.tokens import DocBin
 from typer.main import get_command
 from typer.testing import CliRunner
 
+import spacy_sam.cli.apply_command
 import spacy_sam.cli.bank_commands
 import spacy_sam.cli.commands
 import spacy_sam.cli.show  # noqa: F401 (registers the commands)
@@ -34,6 +35,7 @@ COMMANDS = [
     "merge",
     "evaluate",
     "report",
+    "apply",
     "demo",
     "bank list",
     "bank show",
@@ -132,7 +134,7 @@ def test_cli_without_command_shows_help(run, args):
     for command in (
         ("list", "show", "check", "add", "compress", "remove")
         if args
-        else ("train", "select", "merge", "evaluate", "report", "demo")
+        else ("train", "select", "merge", "evaluate", "report", "apply", "demo")
     ):
         assert command in result.output
 

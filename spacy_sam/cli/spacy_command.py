@@ -2,7 +2,7 @@
 
 from spacy.cli._util import app as spacy_app
 
-from . import bank_commands, commands, show  # noqa: F401 (registers the commands)
+from . import apply_command, bank_commands, commands, show  # noqa: F401 (registers the commands)
 from .app import app
 
 spacy_app.add_typer(app, name="sam")
