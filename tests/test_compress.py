@@ -95,6 +95,13 @@ def test_compress_loses_less_with_more_bits():
     assert errors[-1] < 0.02
 
 
+@pytest.mark.parametrize(("size", "most"), [(4, 0.3), (16, 0.3), (60, 0.2), (200, 0.12), (500, 0.05)])
+def test_compress_spends_the_bits_whatever_the_size_of_a_matrix(size, most):
+    """Of short vectors, the first bit costs more than the second; it must not be passed over for that."""
+    adapter = random_adapter(rank=4, shapes=((size, size),) * 3, decay=0.9)
+    assert compress(adapter, 8).head.error < most
+
+
 def test_compress_does_better_than_equal_bits_for_all():
     """Rounding the factors as they are, each row by its own scale, at the same bits."""
     adapter = random_adapter(rank=8, shapes=((900, 900), (700, 1100)))
