@@ -376,7 +376,7 @@ def test_compress_hash_knows_data_and_matrices(small):
     seen.add(hash_compressed(folder))
     assert len(seen) == 1
     matrices = json.loads((folder / HEAD_FILE).read_text(encoding="utf8"))["matrices"]
-    edit_json(folder / HEAD_FILE, matrices=[*matrices[1:], matrices[0]])
+    edit_json(folder / HEAD_FILE, matrices=[{**matrices[0], "name": "other"}, *matrices[1:]])
     seen.add(hash_compressed(folder))
     edit_tensors(folder / DATA_FILE, set_tensor("scales", lambda t: t * 2))
     seen.add(hash_compressed(folder))
