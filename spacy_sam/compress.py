@@ -166,9 +166,11 @@ def _widths(found: List[_Directions], bits: float) -> List[List[int]]:
     steps: List[Tuple[float, int, int, int, int]] = []
     for number, (u, s, v) in enumerate(found):
         for place, value in enumerate(s.tolist()):
+            gain = math.inf
             for width in range(1, MAX_WIDTH + 1):
                 cost = len(u) + len(v) + (OVERHEAD if width == 1 else 0)
-                gain = value**2 * (errors[width - 1] - errors[width]) / cost
+                # Never more than the step before, which must be taken first: its cost has the overhead in it.
+                gain = min(gain, value**2 * (errors[width - 1] - errors[width]) / cost)
                 if gain > 0:
                     steps.append((-gain, number, place, width, cost))
     widths = [[0] * len(d.s) for d in found]

@@ -95,6 +95,13 @@ def test_compress_loses_less_with_more_bits():
     assert errors[-1] < 0.02
 
 
+@pytest.mark.parametrize(("size", "most"), [(4, 0.3), (16, 0.3), (60, 0.2), (200, 0.12), (500, 0.05)])
+def test_compress_spends_the_bits_whatever_the_size_of_a_matrix(size, most):
+    """Of short vectors, the first bit costs more than the second; it must not be passed over for that."""
+    adapter = random_adapter(rank=4, shapes=((size, size),) * 3, decay=0.9)
+    assert compress(adapter, 8).head.error < most
+
+
 def test_compress_does_better_than_equal_bits_for_all():
     """Rounding the factors as they are, each row by its own scale, at the same bits."""
     adapter = random_adapter(rank=8, shapes=((900, 900), (700, 1100)))
@@ -369,7 +376,7 @@ def test_compress_hash_knows_data_and_matrices(small):
     seen.add(hash_compressed(folder))
     assert len(seen) == 1
     matrices = json.loads((folder / HEAD_FILE).read_text(encoding="utf8"))["matrices"]
-    edit_json(folder / HEAD_FILE, matrices=[*matrices[1:], matrices[0]])
+    edit_json(folder / HEAD_FILE, matrices=[{**matrices[0], "name": "other"}, *matrices[1:]])
     seen.add(hash_compressed(folder))
     edit_tensors(folder / DATA_FILE, set_tensor("scales", lambda t: t * 2))
     seen.add(hash_compressed(folder))
