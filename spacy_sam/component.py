@@ -19,7 +19,7 @@ from .errors import SamError
 from .parts import Parts
 from .plan import Plan
 from .select.base import SelectionContext
-from .settings import SPANS_KEY, Labels, check_settings, read_labels
+from .settings import SPANS_KEY, Call, Labels, check_settings, read_call, read_labels, unlike
 from .windows import Window, doc_windows
 from .write import EntsFilter, merge_windows, to_spans, write_ents, write_spans
 
@@ -75,8 +75,8 @@ class SamNer(Pipe):
         spans_key (Optional[str]): Where all candidates go in `doc.spans`; None for nowhere.
         annotate_ents (bool): Write non-overlapping candidates to `doc.ents`.
         ents_filter (Optional[Callable]): Merges existing entities and new ones, as in SpanRuler; None for
-            `prioritize_existing_ents_filter`, or with `overwrite` for `prioritize_new_ents_filter`.
-        overwrite (bool): New entities win over existing ones that they overlap.
+            `spacy.prioritize_existing_ents_filter.v1`.
+        overwrite (bool): Remove the entities and, under `spans_key`, the spans that are there, as in SpanRuler.
         scorer (Optional[Callable]): The scoring method.
         RAISES: SamError S702 for settings out of range, S203 for labels that cannot be asked.
         """
@@ -101,6 +101,7 @@ class SamNer(Pipe):
         }
         check_settings(self.cfg)
         self.set_labels(labels)
+        self._built_with = dict(self.cfg)
         self._plan: Optional[Plan] = None
         self._unchecked: Optional[Plan] = None  # a plan that was loaded, until it is held against the bank
         self._home_pid = self._guarded_pid = os.getpid()
@@ -155,46 +156,67 @@ class SamNer(Pipe):
         self._plan = self._select(sample)
         return self._plan
 
-    def _select(self, sample: Sequence[str]) -> Plan:
-        return self.parts.make_plan(sample, tuple(self._asked().values()), self.cfg["window_size"])
+    def _select(self, sample: Sequence[str], labels: Optional[Dict[str, str]] = None) -> Plan:
+        return self.parts.make_plan(sample, tuple((labels or self._asked()).values()), self.cfg["window_size"])
 
     # spaCy's calls
 
-    def __call__(self, doc: Doc, *, plan: Optional[Plan] = None) -> Doc:
+    def __call__(
+        self,
+        doc: Doc,
+        *,
+        plan: Optional[Plan] = None,
+        labels: Optional[Labels] = None,
+        threshold: Optional[float] = None,
+    ) -> Doc:
         """Annotate one document, by the plan there is. Without one, select on this document alone, with a warning.
 
         doc (Doc): The document.
         plan (Optional[Plan]): Use this plan, for this call only.
+        labels (Optional[Union[Sequence[str], Dict[str, str]]]): Ask these, for this call only.
+        threshold (Optional[float]): Leave out what scores lower, for this call only.
         RETURNS (Doc): The same document.
         """
         error_handler = self.get_error_handler()
-        plan = self._prepare(plan) or self._plan or self._plan_for_single(doc)
+        call = self._prepare(plan, labels, threshold)
+        plan = call.plan or self._plan or self._plan_for_single(doc, call)
         try:
-            self._annotate([doc], plan)
+            self._annotate([doc], plan, call)
         except SamError:
             raise
         except Exception as error:
             error_handler(self.name, self, [doc], error)
         return doc
 
-    def pipe(self, stream: Iterable[Doc], *, batch_size: int = 128, plan: Optional[Plan] = None) -> Iterator[Doc]:
+    def pipe(
+        self,
+        stream: Iterable[Doc],
+        *,
+        batch_size: int = 128,
+        plan: Optional[Plan] = None,
+        labels: Optional[Labels] = None,
+        threshold: Optional[float] = None,
+    ) -> Iterator[Doc]:
         """Annotate a stream: look ahead, select if the stream needs a plan, then work through it in batches.
 
         stream (Iterable[Doc]): The documents.
         batch_size (int): spaCy's batch size; the component's own setting decides how many documents run together.
         plan (Optional[Plan]): Use this plan, for this stream only.
+        labels (Optional[Union[Sequence[str], Dict[str, str]]]): Ask these, for this stream only.
+        threshold (Optional[float]): Leave out what scores lower, for this stream only.
         YIELDS (Doc): The same documents in the same order, less those that an error handler took.
         """
-        plan = self._prepare(plan)
+        call = self._prepare(plan, labels, threshold)
+        plan = call.plan
         stream = iter(stream)
         head: List[Doc] = []
         if plan is None:
             head = list(islice(stream, self._look_ahead()))
-            plan = self._plan_for_stream(head)
+            plan = self._plan_for_stream(head, call)
         for batch in util.minibatch(chain(head, stream), self.cfg["batch_size"]):
             if plan is None:  # so far there was no text to select on
-                plan = self._plan_for_stream(batch)
-            yield from self._annotate_safely(batch, plan)
+                plan = self._plan_for_stream(batch, call)
+            yield from self._annotate_safely(batch, plan, call)
 
     def _look_ahead(self) -> int:
         """How many documents must be seen before the stream's plan is known."""
@@ -202,7 +224,7 @@ class SamNer(Pipe):
             return 0
         return self.cfg["look_ahead"] if self.cfg["selection"] != "manual" else 0
 
-    def _plan_for_stream(self, head: List[Doc]) -> Optional[Plan]:
+    def _plan_for_stream(self, head: List[Doc], call: Call) -> Optional[Plan]:
         mode = self.cfg["selection"]
         short = len(head) < self.cfg["min_docs"]
         if self._plan is not None and (mode != "stream" or short or self._is_worker):
@@ -213,10 +235,10 @@ class SamNer(Pipe):
         if not any(text.strip() for text in texts):
             return None
         self._refuse_in_worker()
-        self._plan = self._select(texts)
+        self._plan = self._select(texts, call.labels)
         return self._plan
 
-    def _plan_for_single(self, doc: Doc) -> Optional[Plan]:
+    def _plan_for_single(self, doc: Doc, call: Call) -> Optional[Plan]:
         if self.cfg["selection"] == "manual":
             raise SamError("S701", name=self.name)
         if not doc.text.strip():
@@ -229,26 +251,28 @@ class SamNer(Pipe):
                 f"nlp.get_pipe('{self.name}').select(texts), or nlp.pipe(texts).",
                 stacklevel=3,
             )
-        self._plan = self._select([doc.text])
+        self._plan = self._select([doc.text], call.labels)
         return self._plan
 
-    def _prepare(self, plan: Optional[Plan]) -> Optional[Plan]:
-        """Before any work: the process is fit for it, the bank can be opened, and the plan, given or loaded, is for it."""
+    def _prepare(self, plan: Optional[Plan], labels: Optional[Labels], threshold: Optional[float]) -> Call:
+        """Before any work: the process is fit for it, the bank can be opened, and settings and plan, given or loaded, are right."""
         self._guard_process()
+        call = read_call(self.cfg, plan, labels, threshold)
+        self._add_strings(call.labels or ())
         self.parts.open()
         if plan is not None:
             self.parts.bank.check_plan(plan)
         elif self._plan is not None and self._plan is self._unchecked:
             self.parts.bank.check_plan(self._plan)
             self._unchecked = None
-        return plan
+        return call
 
     # Annotation
 
-    def _annotate_safely(self, docs: List[Doc], plan: Optional[Plan]) -> Iterator[Doc]:
+    def _annotate_safely(self, docs: List[Doc], plan: Optional[Plan], call: Call) -> Iterator[Doc]:
         """Annotate a batch; when it fails, halve it until the failing document stands alone."""
         try:
-            self._annotate(docs, plan)
+            self._annotate(docs, plan, call)
         except SamError:
             raise
         except Exception as error:
@@ -256,21 +280,20 @@ class SamNer(Pipe):
                 self.get_error_handler()(self.name, self, docs, error)
                 return
             middle = len(docs) // 2
-            yield from self._annotate_safely(docs[:middle], plan)
-            yield from self._annotate_safely(docs[middle:], plan)
+            yield from self._annotate_safely(docs[:middle], plan, call)
+            yield from self._annotate_safely(docs[middle:], plan, call)
             return
         yield from docs
 
-    def _annotate(self, docs: List[Doc], plan: Optional[Plan]) -> None:
+    def _annotate(self, docs: List[Doc], plan: Optional[Plan], call: Call) -> None:
         """Annotate documents together. Nothing is written before all answers are there."""
         found: List[List[Candidate]] = [[] for _ in docs]
         if plan is not None and any(doc.text.strip() for doc in docs):
-            found = self._find(docs, plan)
+            found = self._find(docs, plan, call.labels or self._asked())
         for doc, candidates in zip(docs, found):
-            self._set_annotations(doc, candidates, plan)
+            self._set_annotations(doc, candidates, plan, call.threshold)
 
-    def _find(self, docs: List[Doc], plan: Plan) -> List[List[Candidate]]:
-        asked = self._asked()
+    def _find(self, docs: List[Doc], plan: Plan, asked: Dict[str, str]) -> List[List[Candidate]]:
         names = {phrase: name for name, phrase in asked.items()}
         size = self.parts.annotator.window_size(list(asked.values()), self.cfg["window_size"])
         windows = [self._windows(doc, size) for doc in docs]
@@ -286,8 +309,10 @@ class SamNer(Pipe):
         overlap = min(self.cfg["window_overlap"], size - 1)
         return doc_windows(doc, token_starts=self.parts.annotator.engine.token_starts, size=size, overlap=overlap)
 
-    def _set_annotations(self, doc: Doc, candidates: Sequence[Candidate], plan: Optional[Plan]) -> None:
-        pairs = to_spans(doc, candidates, self.cfg["threshold"])
+    def _set_annotations(
+        self, doc: Doc, candidates: Sequence[Candidate], plan: Optional[Plan], threshold: float
+    ) -> None:
+        pairs = to_spans(doc, candidates, threshold)
         if self.cfg["spans_key"] is not None:
             write_spans(doc, pairs, self.cfg["spans_key"], plan.fingerprint if plan else None, self.cfg["overwrite"])
         if self.cfg["annotate_ents"]:
@@ -351,20 +376,34 @@ class SamNer(Pipe):
 
     def to_disk(self, path: Union[str, Path], *, exclude: Iterable[str] = util.SimpleFrozenList()) -> None:
         """Save labels, settings and plan. The bank stays where it is: it is shared by pipelines."""
+        cfg = {**self.cfg, "built_with": self._built_with}
         serialize = {
-            "cfg": lambda p: srsly.write_json(p.with_suffix(".json"), self.cfg),
+            "cfg": lambda p: srsly.write_json(p.with_suffix(".json"), cfg),
             "plan": lambda p: srsly.write_json(p.with_suffix(".json"), self._plan_data()),
         }
         util.to_disk(util.ensure_path(path), serialize, exclude)
 
     def from_disk(self, path: Union[str, Path], *, exclude: Iterable[str] = util.SimpleFrozenList()) -> "SamNer":
-        """Load what `to_disk` saved. Weights are loaded on first use."""
+        """Load what `to_disk` saved. Weights are loaded on first use.
+
+        A setting that this component was built with in another way than the saved one keeps its value: it is one that the
+        `config` of `spacy.load` overrides.
+        """
         deserialize = {
-            "cfg": lambda p: self._load_cfg(srsly.read_json(p.with_suffix(".json"))),
+            "cfg": lambda p: self._load_cfg(self._less_overrides(srsly.read_json(p.with_suffix(".json")))),
             "plan": lambda p: self._load_plan(srsly.read_json(p.with_suffix(".json"))),
         }
         util.from_disk(util.ensure_path(path), deserialize, exclude)
         return self
+
+    def _less_overrides(self, saved: Dict[str, Any]) -> Dict[str, Any]:
+        """Saved settings without those that were overridden when this component was built."""
+        built_with = saved.pop("built_with", {})
+        return {
+            setting: value
+            for setting, value in saved.items()
+            if setting not in built_with or not unlike(self._built_with.get(setting), built_with[setting])
+        }
 
     def _plan_data(self) -> Dict[str, Any]:
         return self._plan.to_dict() if self._plan else {}

@@ -86,6 +86,7 @@ MESSAGES = {
     "S702": "'{setting}' of sam_ner must be {expected}, got {found}.",
     "S703": "Select in the main process first: nlp.get_pipe('{name}').select(texts). A worker of n_process > 1 sees only its "
     "own batch of the stream, so it does not select.",
+    "S706": "The plan of a call must be a Plan, got {found}. Read one with Plan.from_disk(path), or take the component's `plan`.",
     # Command line and evaluation
     "S801": "No documents in {path}.",
     "S802": "{problem}",

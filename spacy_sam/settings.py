@@ -1,9 +1,11 @@
 """The settings of `sam_ner`: defaults, checks, labels."""
 
-from typing import Any, Dict, Sequence, Union
+import json
+from typing import Any, Dict, NamedTuple, Optional, Sequence, Union
 
 from .annotate import check_labels
 from .errors import SamError
+from .plan import Plan
 
 SPANS_KEY = "sc"
 # The TIES paper's settings are .2 and 1. On the bundled bank these change the weights too much: docs/experiments.md, trial 13.
@@ -72,6 +74,31 @@ def check_settings(cfg: Dict[str, Any]) -> None:
     threshold = cfg["threshold"]
     if isinstance(threshold, bool) or not isinstance(threshold, (int, float)) or not 0 <= threshold <= 1:
         raise SamError("S702", setting="threshold", expected="a number between 0 and 1", found=repr(threshold))
+
+
+class Call(NamedTuple):
+    """What holds for one call. plan, labels: None for those of the component."""
+
+    plan: Optional[Plan]
+    labels: Optional[Dict[str, str]]
+    threshold: float
+
+
+def read_call(cfg: Dict[str, Any], plan: Optional[Plan], labels: Optional[Labels], threshold: Optional[float]) -> Call:
+    """The component's settings and, where given, a call's own.
+
+    RAISES: SamError S702, also for a setting that was changed since; S202 and S203 for labels; S706 if the plan is none.
+    """
+    check_settings(cfg if threshold is None else {**cfg, "threshold": threshold})
+    if plan is not None and not isinstance(plan, Plan):
+        raise SamError("S706", found=repr(plan)[:80])
+    asked = read_labels(labels) if labels is not None else {}
+    return Call(plan, asked or None, cfg["threshold"] if threshold is None else threshold)
+
+
+def unlike(one: Any, other: Any) -> bool:
+    """Whether two values of a setting differ; labels are asked in their order, so that counts."""
+    return json.dumps(one) != json.dumps(other)
 
 
 def read_labels(labels: Labels) -> Dict[str, str]:
