@@ -14,7 +14,7 @@ from spacy.vocab import Vocab
 
 from .align import Candidate
 from .annotate import check_labels
-from .bank import ExpertBank
+from .bank import BANK_FILE, ExpertBank
 from .errors import SamError
 from .parts import Parts
 from .plan import Plan
@@ -52,6 +52,7 @@ class SamNer(Pipe):
         annotate_ents: bool = True,
         ents_filter: Optional[EntsFilter] = None,
         overwrite: bool = False,
+        save_bank: bool = False,
         scorer: Optional[Callable] = None,
     ) -> None:
         """Initialise the component.
@@ -77,6 +78,7 @@ class SamNer(Pipe):
         ents_filter (Optional[Callable]): Merges existing entities and new ones, as in SpanRuler; None for
             `spacy.prioritize_existing_ents_filter.v1`.
         overwrite (bool): Remove the entities and, under `spans_key`, the spans that are there, as in SpanRuler.
+        save_bank (bool): Save a copy of the bank with the pipeline.
         scorer (Optional[Callable]): The scoring method.
         RAISES: SamError S702 for settings out of range, S203 for labels that cannot be asked.
         """
@@ -98,10 +100,11 @@ class SamNer(Pipe):
             "spans_key": spans_key,
             "annotate_ents": annotate_ents,
             "overwrite": overwrite,
+            "save_bank": save_bank,
         }
         check_settings(self.cfg)
         self.set_labels(labels)
-        self._built_with = dict(self.cfg)
+        self._built_with = {**self.cfg, "bank": path}
         self._plan: Optional[Plan] = None
         self._unchecked: Optional[Plan] = None  # a plan that was loaded, until it is held against the bank
         self._home_pid = self._guarded_pid = os.getpid()
@@ -165,6 +168,7 @@ class SamNer(Pipe):
         self,
         doc: Doc,
         *,
+        batch_size: Optional[int] = None,
         plan: Optional[Plan] = None,
         labels: Optional[Labels] = None,
         threshold: Optional[float] = None,
@@ -172,6 +176,8 @@ class SamNer(Pipe):
         """Annotate one document, by the plan there is. Without one, select on this document alone, with a warning.
 
         doc (Doc): The document.
+        batch_size (Optional[int]): Not used. `nlp.pipe` writes it into the `component_cfg` that it was given, which may be
+            given to `nlp` next.
         plan (Optional[Plan]): Use this plan, for this call only.
         labels (Optional[Union[Sequence[str], Dict[str, str]]]): Ask these, for this call only.
         threshold (Optional[float]): Leave out what scores lower, for this call only.
@@ -255,7 +261,7 @@ class SamNer(Pipe):
         return self._plan
 
     def _prepare(self, plan: Optional[Plan], labels: Optional[Labels], threshold: Optional[float]) -> Call:
-        """Before any work: the process is fit for it, the bank can be opened, and settings and plan, given or loaded, are right."""
+        """Before any work: the process is fit for it, settings and plan, given or loaded, are right, the bank is open."""
         self._guard_process()
         call = read_call(self.cfg, plan, labels, threshold)
         self._add_strings(call.labels or ())
@@ -375,12 +381,17 @@ class SamNer(Pipe):
         return self
 
     def to_disk(self, path: Union[str, Path], *, exclude: Iterable[str] = util.SimpleFrozenList()) -> None:
-        """Save labels, settings and plan. The bank stays where it is: it is shared by pipelines."""
+        """Save labels, settings and plan, and with `save_bank` the bank; else it stays where it is, for pipelines to share.
+
+        RAISES: SamError S707 if the bank's base is a folder outside of the bank.
+        """
         cfg = {**self.cfg, "built_with": self._built_with}
         serialize = {
             "cfg": lambda p: srsly.write_json(p.with_suffix(".json"), cfg),
             "plan": lambda p: srsly.write_json(p.with_suffix(".json"), self._plan_data()),
         }
+        if self.cfg["save_bank"]:
+            serialize["bank"] = self.parts.save_bank
         util.to_disk(util.ensure_path(path), serialize, exclude)
 
     def from_disk(self, path: Union[str, Path], *, exclude: Iterable[str] = util.SimpleFrozenList()) -> "SamNer":
@@ -392,6 +403,7 @@ class SamNer(Pipe):
         deserialize = {
             "cfg": lambda p: self._load_cfg(self._less_overrides(srsly.read_json(p.with_suffix(".json")))),
             "plan": lambda p: self._load_plan(srsly.read_json(p.with_suffix(".json"))),
+            "bank": self._load_bank,
         }
         util.from_disk(util.ensure_path(path), deserialize, exclude)
         return self
@@ -412,6 +424,14 @@ class SamNer(Pipe):
         self.cfg.update(cfg)
         check_settings(self.cfg)
         self.set_labels(self.cfg["labels"])
+
+    def _load_bank(self, folder: Path) -> None:
+        """Use the bank that was saved with the pipeline, if one was, unless another was given in its place."""
+        if not (folder / BANK_FILE).is_file():
+            return
+        saved = srsly.read_json(folder.with_name("cfg.json")).get("built_with", {})
+        if self._built_with["bank"] == saved.get("bank"):
+            self.parts.use_bank(folder)
 
     def _load_plan(self, data: Dict[str, Any]) -> None:
         self._plan = self._unchecked = Plan.from_dict(data) if data else None

@@ -87,6 +87,8 @@ MESSAGES = {
     "S703": "Select in the main process first: nlp.get_pipe('{name}').select(texts). A worker of n_process > 1 sees only its "
     "own batch of the stream, so it does not select.",
     "S706": "The plan of a call must be a Plan, got {found}. Read one with Plan.from_disk(path), or take the component's `plan`.",
+    "S707": "The bank cannot be saved with the pipeline: its base is at {base}, outside of the bank's folder. "
+    "Give its weights a folder inside the bank, or set 'save_bank' to false.",
     # Command line and evaluation
     "S801": "No documents in {path}.",
     "S802": "{problem}",

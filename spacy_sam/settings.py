@@ -49,6 +49,7 @@ DEFAULT_CONFIG: Dict[str, Any] = {
     "annotate_ents": True,
     "ents_filter": None,
     "overwrite": False,
+    "save_bank": False,
     "scorer": {"@scorers": "spacy.ner_scorer.v1"},
 }
 
@@ -65,7 +66,7 @@ def check_settings(cfg: Dict[str, Any]) -> None:
         raise SamError("S702", setting="window_overlap", expected="less than window_size", found=found)
     if cfg["selection"] not in MODES:
         raise SamError("S702", setting="selection", expected=f"one of {MODES}", found=repr(cfg["selection"]))
-    for setting in ("annotate_ents", "overwrite"):
+    for setting in ("annotate_ents", "overwrite", "save_bank"):
         if not isinstance(cfg[setting], bool):
             raise SamError("S702", setting=setting, expected="true or false", found=repr(cfg[setting]))
     key = cfg["spans_key"]

@@ -13,7 +13,7 @@ from .app import app
 
 def draw_entities() -> None:
     """Let `spacy evaluate --displacy-path` draw our entities: by itself it does so for a factory of the name "ner" alone."""
-    evaluate = importlib.import_module("spacy.cli.evaluate")  # `spacy.cli.evaluate` is its function
+    evaluate: Any = importlib.import_module("spacy.cli.evaluate")  # `spacy.cli.evaluate` is its function
     render = evaluate.render_parses
 
     @functools.wraps(render)
