@@ -24,7 +24,7 @@ from spacy.tokens import Doc, Span
 from spacy_sam.bank import ExpertBank
 from spacy_sam.component import SamNer
 
-LIMIT = 120  # seconds, for each case
+LIMIT = 240  # seconds, for each case, on a busy machine
 BATCH = 3
 
 

@@ -46,6 +46,7 @@ for arguments in json.loads(sys.argv[1]):
     results.append([code, out.getvalue()])
 print(json.dumps(results))
 """
+CORPORA = ["--paths.train", "gold.spacy", "--paths.dev", "gold.spacy"]
 COMMANDS: Dict[str, List[str]] = {
     "info": ["info", "model"],
     "accuracy": ["benchmark", "accuracy", "model", "gold.spacy", "--output", "accuracy.json"],
@@ -53,7 +54,8 @@ COMMANDS: Dict[str, List[str]] = {
     "apply": ["apply", "model", "texts.jsonl", "applied.spacy"],
     "speed": ["benchmark", "speed", "model", "gold.spacy", "--batch-size", "2", "--batches", "30", "--warmup", "1"],
     "threshold": ["find-threshold", "model", "gold.spacy", "sam_ner", "threshold", "ents_f", "--n_trials", "3"],
-    "debug": ["debug", "config", "docs.cfg", "-F", "--paths.train", "gold.spacy", "--paths.dev", "gold.spacy"],
+    "debug": ["debug", "config", "docs.cfg", *CORPORA],
+    "debug wrong": ["debug", "config", "docs.cfg", *CORPORA, "--components.sam_ner.look_ahead", "0"],
     "assemble": ["assemble", "docs.cfg", "assembled", "--components.sam_ner.threshold", "0.25"],
     "function": ["find-function", "spacy_sam.TorchEngine.v1"],
 }
@@ -167,7 +169,8 @@ def test_tools_find_threshold(printed):
 
 def test_tools_config(work, printed):
     """The config block of the docs, as it stands, in a config file."""
-    assert "spacy_sam.TIES.v1" in output(printed, "debug")
+    assert "Config is valid" in output(printed, "debug")
+    assert "[S702] 'look_ahead'" in printed["debug wrong"][0]
     output(printed, "assemble")
     sam = spacy.load(work / "assembled").get_pipe("sam_ner")
     assert isinstance(sam, SamNer)
