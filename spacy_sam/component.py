@@ -14,14 +14,14 @@ from spacy.vocab import Vocab
 
 from .align import Candidate
 from .annotate import check_labels
-from .bank import ExpertBank
+from .bank import BANK_FILE, ExpertBank
 from .errors import SamError
 from .live import LiveBank
 from .locks import ProcessLock
 from .parts import HeldPlan, Parts, shared_types, some_types
 from .plan import Plan
 from .select.base import SelectionContext
-from .settings import SPANS_KEY, Labels, check_settings, read_labels
+from .settings import SPANS_KEY, Call, Labels, check_settings, read_call, read_labels, unlike
 from .windows import Window, doc_windows
 from .write import EntsFilter, merge_windows, to_spans, write_ents, write_spans
 
@@ -55,6 +55,7 @@ class SamNer(LiveBank, Pipe):
         annotate_ents: bool = True,
         ents_filter: Optional[EntsFilter] = None,
         overwrite: bool = False,
+        save_bank: bool = False,
         scorer: Optional[Callable] = None,
     ) -> None:
         """Initialise the component.
@@ -78,8 +79,9 @@ class SamNer(LiveBank, Pipe):
         spans_key (Optional[str]): Where all candidates go in `doc.spans`; None for nowhere.
         annotate_ents (bool): Write non-overlapping candidates to `doc.ents`.
         ents_filter (Optional[Callable]): Merges existing entities and new ones, as in SpanRuler; None for
-            `prioritize_existing_ents_filter`, or with `overwrite` for `prioritize_new_ents_filter`.
-        overwrite (bool): New entities win over existing ones that they overlap.
+            `spacy.prioritize_existing_ents_filter.v1`.
+        overwrite (bool): Remove the entities and, under `spans_key`, the spans that are there, as in SpanRuler.
+        save_bank (bool): Save a copy of the bank with the pipeline.
         scorer (Optional[Callable]): The scoring method.
         RAISES: SamError S702 for settings out of range, S203 for labels that cannot be asked.
         """
@@ -101,9 +103,11 @@ class SamNer(LiveBank, Pipe):
             "spans_key": spans_key,
             "annotate_ents": annotate_ents,
             "overwrite": overwrite,
+            "save_bank": save_bank,
         }
         check_settings(self.cfg)
         self.set_labels(labels)
+        self._built_with = {**self.cfg, "bank": path}
         self._current: Optional[HeldPlan] = None
         self._selecting = ProcessLock()  # one selection at a time
         self._home_pid = self._guarded_pid = os.getpid()
@@ -157,49 +161,73 @@ class SamNer(LiveBank, Pipe):
         with self._selecting.held():
             return self._select(sample).plan
 
-    def _select(self, sample: Sequence[str]) -> HeldPlan:
+    def _select(self, sample: Sequence[str], labels: Optional[Dict[str, str]] = None) -> HeldPlan:
         """Select, and make it the plan at once: what runs keeps the one it has."""
-        selected = self.parts.select(sample, tuple(self.cfg["labels"].values()), self.cfg["window_size"])
+        asked = labels or self.cfg["labels"]
+        selected = self.parts.select(sample, tuple(asked.values()), self.cfg["window_size"])
         self._current = selected
         return selected
 
     # spaCy's calls
 
-    def __call__(self, doc: Doc, *, plan: Optional[Plan] = None) -> Doc:
+    def __call__(
+        self,
+        doc: Doc,
+        *,
+        batch_size: Optional[int] = None,
+        plan: Optional[Plan] = None,
+        labels: Optional[Labels] = None,
+        threshold: Optional[float] = None,
+    ) -> Doc:
         """Annotate one document, by the plan there is. Without one, select on this document alone, with a warning.
 
         doc (Doc): The document.
+        batch_size (Optional[int]): Not used. `nlp.pipe` writes it into the `component_cfg` that it was given, which may be
+            given to `nlp` next.
         plan (Optional[Plan]): Use this plan, for this call only.
+        labels (Optional[Union[Sequence[str], Dict[str, str]]]): Ask these, for this call only.
+        threshold (Optional[float]): Leave out what scores lower, for this call only.
         RETURNS (Doc): The same document.
         """
         error_handler = self.get_error_handler()
-        held = self._prepare(plan) or self._current or self._plan_for_single(doc)
+        call, held = self._prepare(plan, labels, threshold)
+        held = held or self._current or self._plan_for_single(doc, call)
         try:
-            self._annotate([doc], held)
+            self._annotate([doc], held, call)
         except SamError:
             raise
         except Exception as error:
             error_handler(self.name, self, [doc], error)
         return doc
 
-    def pipe(self, stream: Iterable[Doc], *, batch_size: int = 128, plan: Optional[Plan] = None) -> Iterator[Doc]:
+    def pipe(
+        self,
+        stream: Iterable[Doc],
+        *,
+        batch_size: int = 128,
+        plan: Optional[Plan] = None,
+        labels: Optional[Labels] = None,
+        threshold: Optional[float] = None,
+    ) -> Iterator[Doc]:
         """Annotate a stream: look ahead, select if the stream needs a plan, then work through it in batches.
 
         stream (Iterable[Doc]): The documents.
         batch_size (int): spaCy's batch size; the component's own setting decides how many documents run together.
         plan (Optional[Plan]): Use this plan, for this stream only.
+        labels (Optional[Union[Sequence[str], Dict[str, str]]]): Ask these, for this stream only.
+        threshold (Optional[float]): Leave out what scores lower, for this stream only.
         YIELDS (Doc): The same documents in the same order, less those that an error handler took.
         """
-        held = self._prepare(plan)
+        call, held = self._prepare(plan, labels, threshold)
         stream = iter(stream)
         head: List[Doc] = []
         if held is None:
             head = list(islice(stream, self._look_ahead()))
-            held = self._plan_for_stream(head)
+            held = self._plan_for_stream(head, call)
         for batch in util.minibatch(chain(head, stream), self.cfg["batch_size"]):
             if held is None:  # so far there was no text to select on
-                held = self._plan_for_stream(batch)
-            yield from self._annotate_safely(batch, held)
+                held = self._plan_for_stream(batch, call)
+            yield from self._annotate_safely(batch, held, call)
 
     def _look_ahead(self) -> int:
         """How many documents must be seen before the stream's plan is known."""
@@ -207,7 +235,7 @@ class SamNer(LiveBank, Pipe):
             return 0
         return self.cfg["look_ahead"] if self.cfg["selection"] != "manual" else 0
 
-    def _plan_for_stream(self, head: List[Doc]) -> Optional[HeldPlan]:
+    def _plan_for_stream(self, head: List[Doc], call: Call) -> Optional[HeldPlan]:
         kept = self._plan_to_keep(len(head))
         if kept is not None:
             return kept
@@ -218,14 +246,14 @@ class SamNer(LiveBank, Pipe):
             return None
         self._refuse_in_worker()
         with self._selecting.held():  # another stream may have selected meanwhile
-            return self._plan_to_keep(len(head)) or self._select(texts)
+            return self._plan_to_keep(len(head)) or self._select(texts, call.labels)
 
     def _plan_to_keep(self, n_docs: int) -> Optional[HeldPlan]:
         """The plan there is, if a stream of which so many documents were seen does not need one of its own."""
         needs_own = self.cfg["selection"] == "stream" and n_docs >= self.cfg["min_docs"] and not self._is_worker
         return None if needs_own else self._current
 
-    def _plan_for_single(self, doc: Doc) -> Optional[HeldPlan]:
+    def _plan_for_single(self, doc: Doc, call: Call) -> Optional[HeldPlan]:
         if self.cfg["selection"] == "manual":
             raise SamError("S701", name=self.name)
         if not doc.text.strip():
@@ -235,7 +263,7 @@ class SamNer(LiveBank, Pipe):
             if self._current is not None:  # another call has selected meanwhile
                 return self._current
             self._warn_of_single()
-            return self._select([doc.text])
+            return self._select([doc.text], call.labels)
 
     def _warn_of_single(self) -> None:
         if not self._warned_single:
@@ -246,26 +274,30 @@ class SamNer(LiveBank, Pipe):
                 stacklevel=4,
             )
 
-    def _prepare(self, plan: Optional[Plan]) -> Optional[HeldPlan]:
-        """Before any work: the process is fit for it, the bank can be opened, and the plan, given or loaded, is for it.
+    def _prepare(
+        self, plan: Optional[Plan], labels: Optional[Labels], threshold: Optional[float]
+    ) -> Tuple[Call, Optional[HeldPlan]]:
+        """Before any work: the process is fit for it, settings and plan, given or loaded, are right, the bank is open.
 
-        RETURNS (Optional[HeldPlan]): The given plan.
+        RETURNS (Tuple[Call, Optional[HeldPlan]]): What holds for this call, and the given plan.
         """
         self._guard_process()
+        call = read_call(self.cfg, plan, labels, threshold)
+        self._add_strings(call.labels or ())
         self.parts.open()
         current = self._current
         if plan is not None and (current is None or plan is not current.plan):
-            return self.parts.hold_given(plan)
+            return call, self.parts.hold_given(plan)
         if current is not None:
             self.parts.check(current)
-        return current if plan is not None else None
+        return call, current if plan is not None else None
 
     # Annotation
 
-    def _annotate_safely(self, docs: List[Doc], held: Optional[HeldPlan]) -> Iterator[Doc]:
+    def _annotate_safely(self, docs: List[Doc], held: Optional[HeldPlan], call: Call) -> Iterator[Doc]:
         """Annotate a batch; when it fails, halve it until the failing document stands alone."""
         try:
-            self._annotate(docs, held)
+            self._annotate(docs, held, call)
         except SamError:
             raise
         except Exception as error:
@@ -273,21 +305,20 @@ class SamNer(LiveBank, Pipe):
                 self.get_error_handler()(self.name, self, docs, error)
                 return
             middle = len(docs) // 2
-            yield from self._annotate_safely(docs[:middle], held)
-            yield from self._annotate_safely(docs[middle:], held)
+            yield from self._annotate_safely(docs[:middle], held, call)
+            yield from self._annotate_safely(docs[middle:], held, call)
             return
         yield from docs
 
-    def _annotate(self, docs: List[Doc], held: Optional[HeldPlan]) -> None:
+    def _annotate(self, docs: List[Doc], held: Optional[HeldPlan], call: Call) -> None:
         """Annotate documents together. Nothing is written before all answers are there."""
         found: List[List[Candidate]] = [[] for _ in docs]
         if held is not None and any(doc.text.strip() for doc in docs):
-            found = self._find(docs, held)
+            found = self._find(docs, held, call.labels or self._asked(held))
         for doc, candidates in zip(docs, found):
-            self._set_annotations(doc, candidates, held.plan if held is not None else None)
+            self._set_annotations(doc, candidates, held.plan if held is not None else None, call.threshold)
 
-    def _find(self, docs: List[Doc], held: HeldPlan) -> List[List[Candidate]]:
-        asked = self._asked(held)
+    def _find(self, docs: List[Doc], held: HeldPlan, asked: Dict[str, str]) -> List[List[Candidate]]:
         names = {phrase: name for name, phrase in asked.items()}
         size = self.parts.annotator.window_size(list(asked.values()), self.cfg["window_size"])
         windows = [self._windows(doc, size) for doc in docs]
@@ -303,8 +334,10 @@ class SamNer(LiveBank, Pipe):
         overlap = min(self.cfg["window_overlap"], size - 1)
         return doc_windows(doc, token_starts=self.parts.annotator.engine.token_starts, size=size, overlap=overlap)
 
-    def _set_annotations(self, doc: Doc, candidates: Sequence[Candidate], plan: Optional[Plan]) -> None:
-        pairs = to_spans(doc, candidates, self.cfg["threshold"])
+    def _set_annotations(
+        self, doc: Doc, candidates: Sequence[Candidate], plan: Optional[Plan], threshold: float
+    ) -> None:
+        pairs = to_spans(doc, candidates, threshold)
         if self.cfg["spans_key"] is not None:
             write_spans(doc, pairs, self.cfg["spans_key"], plan.fingerprint if plan else None, self.cfg["overwrite"])
         if self.cfg["annotate_ents"]:
@@ -368,21 +401,41 @@ class SamNer(LiveBank, Pipe):
         return self
 
     def to_disk(self, path: Union[str, Path], *, exclude: Iterable[str] = util.SimpleFrozenList()) -> None:
-        """Save labels, settings and plan. The bank stays where it is: it is shared by pipelines."""
+        """Save labels, settings and plan, and with `save_bank` the bank; else it stays where it is, for pipelines to share.
+
+        RAISES: SamError S707 if the bank's base is a folder outside of the bank.
+        """
+        cfg = {**self.cfg, "built_with": self._built_with}
         serialize = {
-            "cfg": lambda p: srsly.write_json(p.with_suffix(".json"), self.cfg),
+            "cfg": lambda p: srsly.write_json(p.with_suffix(".json"), cfg),
             "plan": lambda p: srsly.write_json(p.with_suffix(".json"), self._plan_data()),
         }
+        if self.cfg["save_bank"]:
+            serialize["bank"] = self.parts.save_bank
         util.to_disk(util.ensure_path(path), serialize, exclude)
 
     def from_disk(self, path: Union[str, Path], *, exclude: Iterable[str] = util.SimpleFrozenList()) -> "SamNer":
-        """Load what `to_disk` saved. Weights are loaded on first use."""
+        """Load what `to_disk` saved. Weights are loaded on first use.
+
+        A setting that this component was built with in another way than the saved one keeps its value: it is one that the
+        `config` of `spacy.load` overrides.
+        """
         deserialize = {
-            "cfg": lambda p: self._load_cfg(srsly.read_json(p.with_suffix(".json"))),
+            "cfg": lambda p: self._load_cfg(self._less_overrides(srsly.read_json(p.with_suffix(".json")))),
             "plan": lambda p: self._load_plan(srsly.read_json(p.with_suffix(".json"))),
+            "bank": self._load_bank,
         }
         util.from_disk(util.ensure_path(path), deserialize, exclude)
         return self
+
+    def _less_overrides(self, saved: Dict[str, Any]) -> Dict[str, Any]:
+        """Saved settings without those that were overridden when this component was built."""
+        built_with = saved.pop("built_with", {})
+        return {
+            setting: value
+            for setting, value in saved.items()
+            if setting not in built_with or not unlike(self._built_with.get(setting), built_with[setting])
+        }
 
     def _plan_data(self) -> Dict[str, Any]:
         return self.plan.to_dict() if self.plan else {}
@@ -391,6 +444,14 @@ class SamNer(LiveBank, Pipe):
         self.cfg.update(cfg)
         check_settings(self.cfg)
         self.set_labels(self.cfg["labels"])
+
+    def _load_bank(self, folder: Path) -> None:
+        """Use the bank that was saved with the pipeline, if one was, unless another was given in its place."""
+        if not (folder / BANK_FILE).is_file():
+            return
+        saved = srsly.read_json(folder.with_name("cfg.json")).get("built_with", {})
+        if self._built_with["bank"] == saved.get("bank"):
+            self.parts.use_bank(folder)
 
     def _load_plan(self, data: Dict[str, Any]) -> None:
         self._current = HeldPlan(Plan.from_dict(data)) if data else None

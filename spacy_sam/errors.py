@@ -111,6 +111,9 @@ MESSAGES = {
     "S704": "The bank at {path} was made anew while it was in use, with another base, prompt format or encoder. "
     "Load the pipeline again.",
     "S705": "The bank at {path} was changed {times} times while experts were selected from it. Select again when it is at rest.",
+    "S706": "The plan of a call must be a Plan, got {found}. Read one with Plan.from_disk(path), or take the component's `plan`.",
+    "S707": "The bank cannot be saved with the pipeline: its base is at {base}, outside of the bank's folder. "
+    "Give its weights a folder inside the bank, or set 'save_bank' to false.",
     # Command line and evaluation
     "S801": "No documents in {path}.",
     "S802": "{problem}",

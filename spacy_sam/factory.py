@@ -37,6 +37,7 @@ def make_sam_ner(
     annotate_ents: bool,
     ents_filter: Optional[Callable],
     overwrite: bool,
+    save_bank: bool,
     scorer: Optional[Callable],
 ) -> SamNer:
     """Build the component; see `SamNer`."""
@@ -59,5 +60,6 @@ def make_sam_ner(
         annotate_ents=annotate_ents,
         ents_filter=ents_filter,
         overwrite=overwrite,
+        save_bank=save_bank,
         scorer=scorer,
     )

@@ -1,8 +1,10 @@
 """What `sam_ner` works with beside spaCy: the bank, the engine and the encoder, each opened on first use, and selection."""
 
 import logging
+import shutil
 from collections import OrderedDict
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Callable, Dict, Mapping, Optional, Sequence, Tuple
 
 from .adapters import Adapter
@@ -71,6 +73,24 @@ class Parts:
     def open(self) -> None:
         """Open the bank now, so that what is wrong with it is reported before any work."""
         self._bank = self.bank
+
+    def save_bank(self, folder: Path) -> None:
+        """Copy the bank to a folder, in place of what is there. RAISES: SamError S707 if its base is a folder outside of it."""
+        source, base = self.bank.path.resolve(), Path(self.bank.base[0])
+        if base.is_dir() and source not in base.resolve().parents:
+            raise SamError("S707", base=base)
+        if folder.resolve() == source:
+            return
+        new = folder.with_name(f"{folder.name}.new")
+        shutil.rmtree(new, ignore_errors=True)
+        shutil.copytree(source, new)
+        shutil.rmtree(folder, ignore_errors=True)
+        new.rename(folder)
+
+    def use_bank(self, folder: Path) -> None:
+        """Work with the bank in this folder from now on."""
+        self.bank_path = str(folder)
+        self._bank = self._annotator = self._encoder = None
 
     @property
     def annotator(self) -> Annotator:

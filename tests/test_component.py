@@ -230,6 +230,20 @@ def test_component_existing_entities_are_overwritten(make_case):
         ("Anna", "person"),
         ("Bell", "person"),
         ("Carl", "person"),
+        ("Old", "place"),
+    ]
+
+
+def test_component_new_entities_win_over_those_they_overlap(make_case):
+    """By SpanRuler's filter of this name, without `overwrite`."""
+    nlp, sam, bank = make_case(ents_filter={"@misc": "spacy.prioritize_new_ents_filter.v1"})
+    doc = nlp.make_doc("Anna Bell met Carl the Old")
+    doc.set_ents([Span(doc, 0, 2, "OLD"), Span(doc, 4, 5, "OLD")])
+    sam(doc, plan=plan_of(bank, "expert0"))
+    assert [(ent.text, ent.label_) for ent in doc.ents] == [
+        ("Anna", "person"),
+        ("Bell", "person"),
+        ("Carl", "person"),
         ("the", "OLD"),
         ("Old", "place"),
     ]
@@ -241,7 +255,7 @@ def make_last_ent_filter() -> Any:
 
 
 def test_component_own_filter_decides(make_case):
-    nlp, sam, bank = make_case(ents_filter={"@misc": "sam_tests.last_ent_filter.v1"}, overwrite=True)
+    nlp, sam, bank = make_case(ents_filter={"@misc": "sam_tests.last_ent_filter.v1"})
     doc = nlp.make_doc("Anna Bell met Carl and Dan")
     doc.set_ents([Span(doc, 0, 2, "OLD")])
     sam(doc, plan=plan_of(bank, "expert0"))

@@ -174,6 +174,7 @@ def test_labels_outlive_memory_zones(make_case):
         ("spans_key", ["", 5, ["sc"]]),
         ("annotate_ents", ["yes", 1, None]),
         ("overwrite", ["no", 0, None]),
+        ("save_bank", ["no", 1, None]),
     ],
 )
 def test_settings_out_of_range(make_case, setting, values):
