@@ -25,7 +25,7 @@ from spacy_sam.merge.methods import Ties
 from spacy_sam.plan import Plan, TaskModelSpec
 from spacy_sam.versions import Changes
 
-REAL: Dict[str, Any] = {"engine": {"@misc": "spacy_sam.TorchEngine.v1", "device": "cpu", "max_new_tokens": 48}}
+REAL: Dict[str, Any] = {"engine": {"@misc": "spacy_sam.TorchEngine.v1", "device": "cpu", "max_new_tokens": 24}}
 NEW = ("expert0", "expert3")
 Answer = List[Tuple[int, int, str]]
 
@@ -534,3 +534,18 @@ def test_live_added_by_many_threads(live):
     assert errors == []
     assert ExpertBank(live.sam.bank.path).check() == ["expert0", "expert1", "expert2", *names]
     assert {*names} < {card.name for card in live.sam.bank}
+
+
+def test_live_docs_example(tmp_path, monkeypatch):
+    """The example of docs/usage.md, as it stands."""
+    text = (Path(__file__).parent.parent / "docs" / "usage.md").read_text(encoding="utf8")
+    code = text.split("## Experts added and removed while it runs")[1].split("```python\n")[1].split("```")[0]
+    monkeypatch.chdir(tmp_path)
+    names: Dict[str, Any] = {}
+    exec(code, names)
+    sam = names["sam"]
+    assert "law" in sam.bank
+    assert "legal" not in sam.bank
+    assert "law" in dict(sam.plan.selections[0].scores)
+    assert "disease" in {ent.label_ for doc in names["docs"] for ent in doc.ents}
+    assert sam.bank.check()
