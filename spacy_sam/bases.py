@@ -25,7 +25,7 @@ def hash_base(folder: Path) -> str:
         digest.update((folder / TOKENIZER_FILE).read_bytes())
     for file in files:
         with file.open("rb") as stream:
-            header, start = _read_header(stream, file)
+            header, start = read_header(stream, file)
             digest.update(json.dumps(header, sort_keys=True).encode("utf8"))
             for name in sorted(header):
                 begin, end = header[name]["data_offsets"]
@@ -39,12 +39,16 @@ def base_shapes(folder: Path) -> Dict[str, Tuple[int, ...]]:
     shapes: Dict[str, Tuple[int, ...]] = {}
     for file in sorted(folder.glob("*.safetensors")):
         with file.open("rb") as stream:
-            header, _ = _read_header(stream, file)
+            header, _ = read_header(stream, file)
         shapes.update({name: tuple(entry["shape"]) for name, entry in header.items()})
     return shapes
 
 
-def _read_header(stream: Any, path: Path) -> Tuple[Dict[str, Any], int]:
+def read_header(stream: Any, path: Path) -> Tuple[Dict[str, Any], int]:
+    """The entries of a safetensors file that is open at its beginning, by tensor name, and where the data begins.
+
+    RAISES: SamError S102 if it is none.
+    """
     try:
         size = int.from_bytes(stream.read(8), "little")
         header = json.loads(stream.read(size)) if size <= os.path.getsize(path) else None

@@ -122,11 +122,11 @@ def check_against_structure(bank: ExpertBank, folder: Path, name: str) -> None:
 
     RAISES: SamError S106 or S107 for the adapter, S403 (no such weight), S404 (a tied one), S503 if the base cannot be read.
     """
-    from .merge.materialise import check_fit
+    from .merge.materialise import fit
 
     adapter = read_adapter(folder, name)
     source, revision = bank.base
-    check_fit(load_structure(source, revision), adapter, name)
+    fit(load_structure(source, revision), adapter, name)
 
 
 def _lora_for_reading(config: Mapping[str, Any]) -> Dict[str, Any]:

@@ -106,12 +106,19 @@ def merge_cli(
     bank: Optional[Path] = BankOption,
     form: Form = typer.Option(Form.MODEL, "--as", help="Whole models, or PEFT adapters (merges of low rank only)."),
     pad_rank: bool = typer.Option(False, "--pad-rank", help="Adapters: fill the rank up to a max_lora_rank of vLLM."),
+    dtype: Optional[str] = typer.Option(
+        None, help="Models: float32, bfloat16, float16. Default: as the base is stored."
+    ),
+    max_shard_size: float = typer.Option(5.0, min=0.000001, help="Models: gigabytes of weights in a file."),
 ) -> None:
     """Write each task model of a plan: as a model folder that transformers loads, or as an adapter of the base.
 
     Example: python -m spacy sam merge plan.json merged/
     """
+    import torch
+
     from ..bank import ExpertBank, bundled_bank_path
+    from ..generate.devices import resolve_dtype
     from ..merge.adapter_export import write_task_adapters
     from ..merge.export import write_task_models
     from ..plan import Plan
@@ -123,7 +130,11 @@ def merge_cli(
             for folder, spec in write_task_adapters(opened, Plan.from_disk(plan), out, resolve_method, pad_rank):
                 msg.good(f"{spec.name}: {folder}")
             return
-        for folder, spec in write_task_models(opened, Plan.from_disk(plan), out, resolve_method):
+        number_format = resolve_dtype(dtype, torch.device("cpu")) if dtype else None
+        n_bytes = int(max_shard_size * 1e9)
+        for folder, spec in write_task_models(
+            opened, Plan.from_disk(plan), out, resolve_method, n_bytes, number_format
+        ):
             msg.good(f"{spec.name}: {folder}")
 
 

@@ -18,10 +18,10 @@ from ..bases import base_shapes
 from ..errors import SamError
 from ..lora_config import CONFIG_FILE, WEIGHTS_FILE, read_adapter_config
 from ..plan import Plan, TaskModelSpec
+from .adapter_card import adapter_card
 from .factors import Method
 from .merged import merged_factors
 from .methods import Mean
-from .model_card import model_card
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM takes for max_lora_rank
 COPIED = ("task_type", "auto_mapping")  # settings of the experts that say what kind of model the base is
@@ -65,7 +65,9 @@ def write_task_adapters(
             rank = _rank(factors, number, spec, pad_rank)
             folder = staged / f"task_model_{number}"
             write_adapter(folder, factors, rank, _settings(bank, spec, factors))
-            (folder / "README.md").write_text(model_card(bank, plan, spec, factors, rank, VLLM_RANKS), encoding="utf8")
+            (folder / "README.md").write_text(
+                adapter_card(bank, plan, spec, factors, rank, VLLM_RANKS), encoding="utf8"
+            )
             written.append((out / folder.name, spec))
     return written
 

@@ -3,14 +3,13 @@
 import os
 import re
 import shutil
-import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Callable, Dict
 
 from ..bank import ExpertBank
 from ..plan import Plan, TaskModelSpec
-from .export import write_task_models
+from .export import write_task_model
 from .methods import MergeMethod
 
 NAME = re.compile(r"[0-9a-f]{16}")  # of a plan's fingerprint
@@ -51,7 +50,9 @@ class TaskModelFolders:
         folder = self.root / plan.fingerprint
         if not folder.is_dir():
             self._make_room()
-            self._write(plan, folder)
+            # What somebody holds in memory can be written, also when it is not in the bank any more.
+            bank = self.bank.snapshot(plan.adapter_hashes)
+            write_task_model(bank, plan, folder, self.resolve, keep_existing=True)
         os.utime(folder)
         return folder
 
@@ -63,19 +64,3 @@ class TaskModelFolders:
         kept.sort(key=lambda path: path.stat().st_mtime)
         for path in kept[: max(0, len(kept) + 1 - self.max_kept)]:
             shutil.rmtree(path)
-
-    def _write(self, plan: Plan, folder: Path) -> None:
-        """Write beside and rename, so that a folder with a task model's name is whole."""
-        self.root.mkdir(parents=True, exist_ok=True)
-        staged = Path(tempfile.mkdtemp(prefix=".writing-", dir=self.root))
-        try:
-            # What somebody holds in memory can be written, also when it is not in the bank any more.
-            bank = self.bank.snapshot(plan.adapter_hashes)
-            for written, _ in write_task_models(bank, plan, staged, self.resolve):
-                try:
-                    os.replace(written, folder)
-                except OSError:
-                    if not folder.is_dir():  # another process was quicker
-                        raise
-        finally:
-            shutil.rmtree(staged, ignore_errors=True)

@@ -13,8 +13,9 @@ from ..errors import SamError
 from ..plan import TaskModelSpec, fingerprint
 from .cache import Damaged, MemoryCache, MergedCache
 from .factors import Method
-from .merged import changed_matrices, merged_weights
+from .merged import merged_weights
 from .methods import Mean
+from .streaming import changed_matrices
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -174,8 +175,8 @@ class WeightSwitch:
             self._changed.discard(matrix)
 
 
-def check_fit(model: nn.Module, adapter: Adapter, name: str) -> None:
-    """Check that an adapter can be merged into a model, of which only the structure is needed.
+def fit(model: nn.Module, adapter: Adapter, name: str) -> Adapter:
+    """An adapter in the layout of a model, if it can be merged there. Only the model's structure is needed.
 
     model (nn.Module): The base, on any device; on `meta` it has no weights.
     adapter (Adapter): The adapter.
@@ -183,7 +184,7 @@ def check_fit(model: nn.Module, adapter: Adapter, name: str) -> None:
     RAISES: SamError S403, S107, S404 or S405, as `WeightSwitch.use`.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    _fitted(adapter, name, parameters, _tied_names(parameters), _transposed(model))
+    return _fitted(adapter, name, parameters, _tied_names(parameters), _transposed(model))
 
 
 def _fitted(

@@ -5,7 +5,7 @@ by the same products, and each entry by the same operations in the same order.
 """
 
 import math
-from typing import Callable, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
+from typing import Callable, Dict, Iterable, Iterator, List, Mapping, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
@@ -31,6 +31,7 @@ def merge_by_tiles(
     weights: Sequence[float],
     method: Method,
     original: Optional[Callable[[str], Tensor]] = None,
+    order: Optional[Sequence[str]] = None,
 ) -> Iterator[Tuple[str, Tensor]]:
     """Merge matrix by matrix.
 
@@ -42,11 +43,13 @@ def merge_by_tiles(
     method (Method): One that `can_stream`.
     original (Optional[Callable]): Gives the base's weight of a name, `[rows, columns]` of any floating dtype. None for
         merged task vectors alone.
+    order (Optional[Sequence[str]]): The names of all matrices, as they shall be yielded: this changes no value. None for
+        the order of the adapters.
     YIELDS (Tuple[str, Tensor]): Name, and base + merged dW, computed in float32 and rounded once to the base's dtype; or the
         merged dW in float32. The base's weights are left as they are.
     RAISES: SamError S401 for bad weights, S402 if the experts disagree on a shape, S410 for values that are too large.
     """
-    matrices = list(dict.fromkeys(matrix for adapter in adapters.values() for matrix in adapter.matrices))
+    matrices = order if order is not None else changed_matrices(adapters.values())
     for matrix in matrices:
         _check(adapters, matrix, getattr(method, "scale", 1.0))
     if not matrices:
@@ -64,6 +67,11 @@ def merge_by_tiles(
             make = _maker(products, dict(zip(adapters, relative)), method, known, workers)
             base = None if original is None else original(matrix)
             yield matrix, _merged(next(iter(products.values())), make, base, matrix, workers, len(adapters))
+
+
+def changed_matrices(adapters: Iterable[Adapter]) -> List[str]:
+    """All matrices that any of them changes, each once, in the order of the adapters."""
+    return list(dict.fromkeys(matrix for adapter in adapters for matrix in adapter.matrices))
 
 
 def global_cuts(adapters: Mapping[str, Adapter], method: Ties, workers: TileWorkers) -> Dict[str, Dict[str, Cut]]:
@@ -204,20 +212,17 @@ def add_rounded(base: Tensor, delta: Tensor, matrix: str, out: Optional[Tensor] 
 
     RAISES: SamError S410 if that cannot hold a value of the sum.
     """
-    base = base.detach()
-    # A sum of two dtypes is computed in the wider one.
-    result = (
-        torch.add(base, delta.to(base.device), out=out)
-        if out is not None
-        else (base + delta.to(base.device)).to(base.dtype)
-    )
-    if (
-        result.dtype == torch.float16
-        and not result.isfinite().all()
-        and bool((base.isfinite() & ~result.isfinite()).any())
-    ):
+    base, delta = base.detach(), delta.to(base.device)
+    result = torch.empty_like(base) if out is None else out
+    torch.add(base, delta, out=result)  # computed in the wider of the two dtypes
+    if result.dtype == torch.float16 and _is_overflow(base, result):
         raise SamError("S410", matrix=matrix, dtype=result.dtype)
     return result
+
+
+def _is_overflow(base: Tensor, result: Tensor) -> bool:
+    """Whether a finite value became infinite. Most often one look is enough."""
+    return not bool(result.isfinite().all()) and bool((base.isfinite() & ~result.isfinite()).any())
 
 
 def _check(adapters: Mapping[str, Adapter], matrix: str, scale: float) -> None:
