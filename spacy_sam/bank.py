@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Dict, Iterator, List, Mapping, Optional, Tuple, Union
 
 from .adapters import CONFIG_FILE, WEIGHTS_FILE, Adapter, hash_adapter, read_adapter, read_adapter_config
+from .calibration import Calibration
 from .errors import SamError
 from .plan import Expert, Plan, Strict, from_json, to_json
 
@@ -25,7 +26,8 @@ class BankFile(Strict):
     """What `bank.json` says.
 
     base: A folder inside the bank, a path, or a hub id (with `revision`).
-    decoding: How its task models are best decoded: `{"entity_bias": logits}`; see `ExpertBank.entity_bias`.
+    decoding: How its task models are best decoded, `{"entity_bias": logits}`, and what scores mean: see
+        `ExpertBank.entity_bias` and `ExpertBank.calibration`.
     """
 
     base: str
@@ -50,10 +52,12 @@ class ExpertBank:
         """Open a bank.
 
         path (Union[str, Path]): The folder with `bank.json`.
-        RAISES: SamError S101 to S106 if it is missing, damaged, of another version, or holds what cannot be merged.
+        RAISES: SamError S101 to S106 if it is missing, damaged, of another version, or holds what cannot be merged, S126 if its
+            calibration cannot be used.
         """
         self.path = Path(path)
         self._file = _read_bank_file(self.path)
+        self._calibration = Calibration.from_decoding(self._file.decoding)
         self._cards = {name: self._read_card(name) for name in self._file.experts}
 
     @classmethod
@@ -121,8 +125,21 @@ class ExpertBank:
 
     @entity_bias.setter
     def entity_bias(self, logits: float) -> None:
+        self._update_decoding({"entity_bias": logits})
+
+    @property
+    def calibration(self) -> Optional[Calibration]:
+        """From raw scores to probabilities, as fitted on dev sets; None if nobody has."""
+        return self._calibration
+
+    @calibration.setter
+    def calibration(self, calibration: Calibration) -> None:
+        self._update_decoding(calibration.to_decoding())
+        self._calibration = calibration
+
+    def _update_decoding(self, values: Mapping[str, float]) -> None:
         file = _read_bank_file(self.path)  # again: another process may have changed the bank since it was opened
-        self._file = replace(file, decoding={**file.decoding, "entity_bias": logits})
+        self._file = replace(file, decoding={**file.decoding, **values})
         write_json(self.path / BANK_FILE, to_json(self._file))
 
     @property

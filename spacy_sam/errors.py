@@ -32,6 +32,9 @@ MESSAGES = {
     "S115": "The bundled bank is not in this installation. Reinstall spacy-sam, or set 'bank' to a bank folder.",
     "S116": "The plan was made with another version of expert '{name}' than the bank holds now. Select again.",
     "S117": "There is a bank at {path} already. Add experts to it, or give another folder.",
+    "S126": "The calibration {found} cannot be used: it needs a 'slope' above 0 and an 'offset', and takes "
+    "'single_expert', all finite. Mend the entries of 'decoding' in bank.json that begin with 'score_', or take "
+    "them out for raw scores.",
     # Prompts, windows, alignment
     "S201": "Unknown prompt format '{name}'. This version of spacy-sam knows: {known}.",
     "S202": "Labels must be {expected}, got {found}.",
