@@ -13,6 +13,7 @@ from typing import Any, Dict, Iterator, List, Mapping, Optional, Tuple, Union
 
 from .adapters import Adapter
 from .bases import base_shapes, hash_base, hub_hash
+from .calibration import Calibration
 from .errors import SamError
 from .locks import ProcessLock
 from .lora_config import CONFIG_FILE
@@ -31,7 +32,8 @@ class BankFile(Strict):
     """What `bank.json` says.
 
     base: A folder inside the bank, a path, or a hub id (with `revision`).
-    decoding: How its task models are best decoded: `{"entity_bias": logits}`; see `ExpertBank.entity_bias`.
+    decoding: How its task models are best decoded, `{"entity_bias": logits}`, and what scores mean: see
+        `ExpertBank.entity_bias` and `ExpertBank.calibration`.
     """
 
     base: str
@@ -57,13 +59,15 @@ class ExpertBank:
         """Open a bank.
 
         path (Union[str, Path]): The folder with `bank.json`.
-        RAISES: SamError S101 to S106 if it is missing, damaged, of another version, or holds what cannot be merged.
+        RAISES: SamError S101 to S106 if it is missing, damaged, of another version, or holds what cannot be merged, S126 if its
+            calibration cannot be used.
         """
         self.path = Path(path)
         self._lock = ProcessLock()
         self._versions = AdapterVersions(read_factors, hash_expert)
         self._fixed: Optional[Dict[str, str]] = None  # of a snapshot: the versions that were asked for
         self._file = _read_bank_file(self.path)
+        self._calibration = Calibration.from_decoding(self._file.decoding)
         # Never changed in place: who reads them in another thread goes on with the ones there were.
         self._file, self._cards, self._signatures = self._read_experts(self._file)
 
@@ -132,9 +136,22 @@ class ExpertBank:
 
     @entity_bias.setter
     def entity_bias(self, logits: float) -> None:
+        self._update_decoding({"entity_bias": logits})
+
+    @property
+    def calibration(self) -> Optional[Calibration]:
+        """From raw scores to probabilities, as fitted on dev sets; None if nobody has."""
+        return self._calibration
+
+    @calibration.setter
+    def calibration(self, calibration: Calibration) -> None:
+        self._update_decoding(calibration.to_decoding())
+        self._calibration = calibration
+
+    def _update_decoding(self, values: Mapping[str, float]) -> None:
         with self._lock.held():
             file = _read_bank_file(self.path)  # again: another process may have changed the bank since it was opened
-            self._file = replace(file, decoding={**file.decoding, "entity_bias": logits})
+            self._file = replace(file, decoding={**file.decoding, **values})
             write_json(self.path / BANK_FILE, to_json(self._file))
 
     @property

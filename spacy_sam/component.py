@@ -51,6 +51,7 @@ class SamNer(LiveBank, Pipe):
         window_overlap: int = 24,
         batch_size: int = 64,
         threshold: float = 0.0,
+        calibrated: bool = True,
         spans_key: Optional[str] = SPANS_KEY,
         annotate_ents: bool = True,
         ents_filter: Optional[EntsFilter] = None,
@@ -76,6 +77,7 @@ class SamNer(LiveBank, Pipe):
         window_overlap (int): Overlap of windows inside a sentence or an unsegmented document, in model tokens.
         batch_size (int): Documents annotated together.
         threshold (float): Entities with a lower score are left out; between 0 and 1.
+        calibrated (bool): Scores are probabilities, by the bank's calibration. Raw ones if false, or if the bank has none.
         spans_key (Optional[str]): Where all candidates go in `doc.spans`; None for nowhere.
         annotate_ents (bool): Write non-overlapping candidates to `doc.ents`.
         ents_filter (Optional[Callable]): Merges existing entities and new ones, as in SpanRuler; None for
@@ -100,6 +102,7 @@ class SamNer(LiveBank, Pipe):
             "window_overlap": window_overlap,
             "batch_size": batch_size,
             "threshold": threshold,
+            "calibrated": calibrated,
             "spans_key": spans_key,
             "annotate_ents": annotate_ents,
             "overwrite": overwrite,
@@ -320,6 +323,7 @@ class SamNer(LiveBank, Pipe):
 
     def _find(self, docs: List[Doc], held: HeldPlan, asked: Dict[str, str]) -> List[List[Candidate]]:
         names = {phrase: name for name, phrase in asked.items()}
+        calibration = self.parts.bank.calibration if self.cfg["calibrated"] else None
         size = self.parts.annotator.window_size(list(asked.values()), self.cfg["window_size"])
         windows = [self._windows(doc, size) for doc in docs]
         flat = [window for pieces in windows for window in pieces]
@@ -327,6 +331,8 @@ class SamNer(LiveBank, Pipe):
         named = []
         for pieces in windows:
             merged = merge_windows(list(islice(answers, len(pieces))))
+            if calibration is not None:
+                merged = calibration.apply(merged, held.plan.task_models)
             named.append([candidate._replace(label=names[candidate.label]) for candidate in merged])
         return named
 

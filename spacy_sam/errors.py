@@ -41,6 +41,9 @@ MESSAGES = {
     "S121": "There is something at {path} already. Give the compressed bank a folder of its own.",
     "S122": "Similarity needs at least two experts, and the bank has: {found}. Add experts with `spacy sam bank add`.",
     "S123": "There is something at {path} already. Give a folder that is empty or not there.",
+    "S126": "The calibration {found} cannot be used: it needs a 'slope' above 0 and an 'offset', and takes "
+    "'single_expert', all finite. Mend the entries of 'decoding' in bank.json that begin with 'score_', or take "
+    "them out for raw scores.",
     # Prompts, windows, alignment
     "S201": "Unknown prompt format '{name}'. This version of spacy-sam knows: {known}.",
     "S202": "Labels must be {expected}, got {found}.",

@@ -48,6 +48,7 @@ DEFAULT_CONFIG: Dict[str, Any] = {
     "window_overlap": 24,
     "batch_size": 64,
     "threshold": 0.0,
+    "calibrated": True,
     "spans_key": SPANS_KEY,
     "annotate_ents": True,
     "ents_filter": None,
@@ -69,7 +70,7 @@ def check_settings(cfg: Dict[str, Any]) -> None:
         raise SamError("S702", setting="window_overlap", expected="less than window_size", found=found)
     if cfg["selection"] not in MODES:
         raise SamError("S702", setting="selection", expected=f"one of {MODES}", found=repr(cfg["selection"]))
-    for setting in ("annotate_ents", "overwrite", "save_bank"):
+    for setting in ("calibrated", "annotate_ents", "overwrite", "save_bank"):
         if not isinstance(cfg[setting], bool):
             raise SamError("S702", setting=setting, expected="true or false", found=repr(cfg[setting]))
     key = cfg["spans_key"]

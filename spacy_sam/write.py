@@ -59,7 +59,7 @@ def write_spans(doc: Doc, pairs: Sequence[Pair], key: str, plan: Optional[str], 
 def write_ents(doc: Doc, pairs: Sequence[Pair], ents_filter: Optional[EntsFilter], overwrite: bool) -> None:
     """Write non-overlapping spans to `doc.ents`, together with the entities that are there.
 
-    Between new spans, more task models win over fewer, then the higher score. Between new and existing ones
+    Between new spans the higher score wins, then the one that more task models found. Between new and existing ones
     `ents_filter` decides: by default existing entities stay. With `overwrite` they are removed before, as in SpanRuler.
     """
     placed = {c._replace(start=span.start_char, end=span.end_char): span for span, c in pairs}
