@@ -27,7 +27,7 @@ LINEAR, EMBEDDING = ("lora_A", "lora_B"), ("lora_embedding_A", "lora_embedding_B
 
 
 # Entries of a tile: on a CPU a core's cache holds the few that a merge needs, on a GPU one is worth a kernel's start.
-TILE_SIZE, GPU_TILE_SIZE = 1 << 17, 1 << 20
+TILE_SIZE, GPU_TILE_SIZE = 1 << 18, 1 << 20
 
 
 @dataclass(frozen=True)

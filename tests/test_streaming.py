@@ -14,7 +14,7 @@ from spacy_sam import adapters as adapters_module
 from spacy_sam.adapters import Adapter, LoraFactors
 from spacy_sam.bank import ExpertBank
 from spacy_sam.errors import SamError
-from spacy_sam.merge import thresholds
+from spacy_sam.merge import streaming, thresholds
 from spacy_sam.merge.materialise import WeightSwitch
 from spacy_sam.merge.merged import merged_deltas, merged_weights
 from spacy_sam.merge.methods import Dare, Mean, MergeMethod, TaskArithmetic, Ties, trim
@@ -30,11 +30,15 @@ SHAPES = {"a": (21, 5), "b": (40, 3), "c": (4, 30)}
 
 
 @contextmanager
-def small_steps(n_threads: int = 1, sample: int = 16, inside: int = 1 << 16) -> Iterator[None]:
-    """Tiles of 8 rows, small samples, and as many threads as wanted, so that small matrices go all ways."""
+def small_steps(n_threads: int = 1, sample: int = 16, inside: int = 1 << 16, small: int = 50) -> Iterator[None]:
+    """Tiles of 8 rows, small samples, and as many threads as wanted, so that small matrices go all ways.
+
+    small: Entries of the largest matrix that one thread does alone.
+    """
     before = torch.get_num_threads()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(adapters_module, "TILE_SIZE", 16)
+        patch.setattr(streaming, "SMALL", small)
         patch.setattr(thresholds, "LEAST_SAMPLE", sample)
         patch.setattr(thresholds, "LEAST_INSIDE", inside)
         torch.set_num_threads(n_threads)
@@ -116,9 +120,10 @@ def test_same_bits_as_on_dense_task_vectors(sample, inside, trimmed, data, adapt
         check_equal(adapters, weights, Ties(density, scale, trimmed))
 
 
-@given(experts(), DENSITIES, st.sampled_from([2, 5]))
-def test_threads_change_nothing(adapters, density, n_threads):
-    with small_steps(n_threads):
+@pytest.mark.parametrize("small", [0, 110, 1 << 20], ids=["by tiles", "both", "by matrices"])
+@given(adapters=experts(), density=DENSITIES, n_threads=st.sampled_from([2, 5]))
+def test_threads_change_nothing(small, adapters, density, n_threads):
+    with small_steps(n_threads, small=small):
         for trimmed in ("matrix", "global"):
             check_equal(adapters, [1.0] * len(adapters), Ties(density, 1.0, trimmed))
         assert torch.get_num_threads() == n_threads

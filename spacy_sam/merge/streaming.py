@@ -5,6 +5,7 @@ by the same products, and each entry by the same operations in the same order.
 """
 
 import math
+from functools import partial
 from typing import Callable, Dict, Iterable, Iterator, List, Mapping, Optional, Sequence, Tuple
 
 import torch
@@ -18,6 +19,8 @@ from .stacks import relative_weights
 from .thresholds import Cut, find_cuts
 from .workers import Product, TileWorkers
 
+SMALL = 1 << 20  # entries of a matrix
+GROUP = 8  # small matrices for each thread
 Merge = Callable[[slice], Tensor]  # the merged dW of a tile's rows, in a buffer that the next call uses again
 
 
@@ -35,8 +38,8 @@ def merge_by_tiles(
 ) -> Iterator[Tuple[str, Tensor]]:
     """Merge matrix by matrix.
 
-    Beside factors and results, each thread needs memory for a few tiles; all together take less than an eighth of a
-    matrix, or 16 MB. With `trim="global"`, the borders of all matrices are found before the first is yielded.
+    Beside factors and results, each thread needs memory for a few tiles; all together take less than a fifth of a
+    matrix, or 32 MB. With `trim="global"`, the borders of all matrices are found before the first is yielded.
 
     adapters (Mapping[str, Adapter]): The adapters of at least one expert, by name, on one device.
     weights (Sequence[float]): One for each, relative.
@@ -59,14 +62,28 @@ def merge_by_tiles(
         cuts: Dict[str, Dict[str, Cut]] = {}
         if isinstance(method, Ties) and method.trim == "global" and len(adapters) > 1:
             cuts = global_cuts(adapters, method, workers)
-        for matrix in matrices:
-            products = {
-                name: Product(each.matrices[matrix]) for name, each in adapters.items() if matrix in each.matrices
-            }
-            known = {name: cuts[name][matrix] for name in products} if cuts else {}
-            make = _maker(products, dict(zip(adapters, relative)), method, known, workers)
-            base = None if original is None else original(matrix)
-            yield matrix, _merged(next(iter(products.values())), make, base, matrix, workers, len(adapters))
+        merge = partial(_merge_matrix, adapters, dict(zip(adapters, relative)), method, cuts, workers)
+        for group in _groups(adapters, matrices, workers.n_threads):
+            bases = [None if original is None else original(matrix) for matrix in group]
+            jobs = [partial(merge, matrix, base) for matrix, base in zip(group, bases)]
+            yield from zip(group, workers.each(jobs))
+
+
+def _groups(adapters: Mapping[str, Adapter], matrices: Sequence[str], n_threads: int) -> Iterator[List[str]]:
+    """What is merged at once: a matrix whose tiles keep all threads busy, or several small ones, each by one thread."""
+    shapes = {matrix: factors.shape for each in adapters.values() for matrix, factors in each.matrices.items()}
+    group: List[str] = []
+    for matrix in matrices:
+        is_small = n_threads > 1 and math.prod(shapes[matrix]) <= SMALL
+        if group and (not is_small or len(group) == GROUP * n_threads):
+            yield group
+            group = []
+        group.append(matrix)
+        if not is_small:
+            yield group
+            group = []
+    if group:
+        yield group
 
 
 def changed_matrices(adapters: Iterable[Adapter]) -> List[str]:
@@ -99,11 +116,17 @@ class TiesTiles:
     """
 
     def __init__(
-        self, products: Sequence[Product], weights: Sequence[float], cuts: Sequence[Cut], scale: float
+        self,
+        products: Sequence[Product],
+        weights: Sequence[float],
+        cuts: Sequence[Cut],
+        scale: float,
+        workers: TileWorkers,
     ) -> None:
         self.products, self.weights, self.cuts, self.scale = products, weights, cuts, scale
-        self.vectors = [product.buffer() for product in products]
-        self.total, self.share, self.signs, self.spare = (products[0].buffer() for _ in range(4))
+        self.total, self.share, self.signs, self.spare, *self.vectors = (
+            workers.buffer(number, products[0]) for number in range(4 + len(products))
+        )
 
     def __call__(self, rows: slice) -> Tensor:
         height, start = rows.stop - rows.start, rows.start * self.total.shape[1]
@@ -132,6 +155,22 @@ def add_weighted(total: Tensor, vector: Tensor, weight: float, spare: Tensor) ->
         total.add_(torch.mul(vector, weight, out=spare))
 
 
+def _merge_matrix(
+    adapters: Mapping[str, Adapter],
+    weights: Mapping[str, float],
+    method: Method,
+    cuts: Mapping[str, Mapping[str, Cut]],
+    workers: TileWorkers,
+    matrix: str,
+    base: Optional[Tensor],
+) -> Tensor:
+    """Base + merged dW of one matrix, or merged dW alone. cuts: By expert and matrix, if they are known already."""
+    products = {name: Product(each.matrices[matrix]) for name, each in adapters.items() if matrix in each.matrices}
+    known = {name: cuts[name][matrix] for name in products} if cuts else {}
+    make = _maker(products, weights, method, known, workers)
+    return _merged(next(iter(products.values())), make, base, matrix, workers, len(adapters))
+
+
 def _maker(
     products: Mapping[str, Product],
     weights: Mapping[str, float],
@@ -147,26 +186,28 @@ def _maker(
     """
     if len(weights) == 1:
         (product,) = products.values()
-        return lambda: _single(product)
+        return lambda: _single(product, workers)
     if not isinstance(method, Ties):
-        return lambda: _linear(products, weights, method)
+        return lambda: _linear(products, weights, method, workers)
     chosen = list(products.values())
     found = list(cuts.values()) or [
         find_cuts([product], int(method.density * product.size), workers)[0] for product in chosen
     ]
-    return lambda: TiesTiles(chosen, [weights[name] for name in products], found, method.scale)
+    return lambda: TiesTiles(chosen, [weights[name] for name in products], found, method.scale, workers)
 
 
-def _single(product: Product) -> Merge:
-    buffer = product.buffer()
+def _single(product: Product, workers: TileWorkers) -> Merge:
+    buffer = workers.buffer(0, product)
     return lambda rows: product.rows(rows, buffer)
 
 
-def _linear(products: Mapping[str, Product], weights: Mapping[str, float], method: Method) -> Merge:
+def _linear(
+    products: Mapping[str, Product], weights: Mapping[str, float], method: Method, workers: TileWorkers
+) -> Merge:
     """A method that treats each entry alone, on stacks of tiles."""
     assert isinstance(method, MergeMethod)  # as `can_stream` has it
-    some = next(iter(products.values()))
-    stack = torch.stack([some.buffer().zero_() for _ in weights])
+    some = workers.buffer(0, next(iter(products.values())))
+    stack = some.new_zeros((len(weights), *some.shape))
 
     def merge(rows: slice) -> Tensor:
         for name, buffer in zip(weights, stack):

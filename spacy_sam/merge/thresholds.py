@@ -82,7 +82,7 @@ def _by_bracket(vector: Sequence[Product], n_keep: int, workers: TileWorkers) ->
     inside: List[Inside] = []
     origins: List[int] = []
     for number, product in enumerate(vector):
-        found = [tile for tile in workers.map(product, _look_inside(product, low, high, room), 2) if tile]
+        found = [tile for tile in workers.map(product, _look_inside(product, low, high, room, workers), 2) if tile]
         inside.extend(found)
         origins.extend([number] * len(found))
         if room[0] < 0:
@@ -100,12 +100,12 @@ def _by_bracket(vector: Sequence[Product], n_keep: int, workers: TileWorkers) ->
 
 
 def _look_inside(
-    product: Product, low: float, high: float, room: List[int]
+    product: Product, low: float, high: float, room: List[int], workers: TileWorkers
 ) -> Callable[[], Callable[[slice], Optional[Inside]]]:
     """Work on tiles: what is in the bracket, `low` included and `high` not; None once that has become too much."""
 
     def make() -> Callable[[slice], Optional[Inside]]:
-        buffer = product.buffer()
+        buffer = workers.buffer(0, product)
 
         def work(rows: slice) -> Optional[Inside]:
             if room[0] < 0:
@@ -170,11 +170,13 @@ def _by_histograms(vector: Sequence[Product], n_keep: int, workers: TileWorkers)
     if value == 0:  # all others are kept
         return value, 0, 0
     for matrix, product in enumerate(vector):
-        n_equal = workers.map(product, _each_tile(product, lambda tile: int((tile == value).sum())), n_buffers=2)
+        n_equal = workers.map(
+            product, _each_tile(product, workers, lambda tile: int((tile == value).sum())), n_buffers=2
+        )
         if sum(n_equal) >= n_wanted:
             number, n_wanted = _nth(n_equal, n_wanted)
-            rows = product.tiles()[number]
-            equal = product.rows(rows, product.buffer()).abs_().view(-1) == value
+            rows = product.tiles[number]
+            equal = product.rows(rows, workers.buffer(0, product)).abs_().view(-1) == value
             return value, matrix, rows.start * product.shape[1] + int(equal.nonzero()[n_wanted - 1, 0]) + 1
         n_wanted -= sum(n_equal)
     raise AssertionError("two passes found different numbers of entries")
@@ -206,15 +208,17 @@ def _counts(vector: Sequence[Product], workers: TileWorkers, upper: Optional[int
             np.add(total, counts, out=total)
 
     for product in vector:
-        workers.map(product, _each_tile(product, count), n_buffers=6)
+        workers.map(product, _each_tile(product, workers, count), n_buffers=6)
     return total
 
 
-def _each_tile(product: Product, look: Callable[[Tensor], T]) -> Callable[[], Callable[[slice], T]]:
+def _each_tile(
+    product: Product, workers: TileWorkers, look: Callable[[Tensor], T]
+) -> Callable[[], Callable[[slice], T]]:
     """Work on tiles: look at their magnitudes, flat."""
 
     def make() -> Callable[[slice], T]:
-        buffer = product.buffer()
+        buffer = workers.buffer(0, product)
         return lambda rows: look(product.rows(rows, buffer).abs_().view(-1))
 
     return make
