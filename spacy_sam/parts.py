@@ -84,20 +84,27 @@ class Parts:
         new = folder.with_name(f"{folder.name}.new")
         shutil.rmtree(new, ignore_errors=True)
         shutil.copytree(source, new)
+        ExpertBank(new)  # raises if experts were added or removed by another process meanwhile
         shutil.rmtree(folder, ignore_errors=True)
         new.rename(folder)
 
     def use_bank(self, folder: Path) -> None:
         """Work with the bank in this folder from now on."""
-        self.bank_path = str(folder)
-        self._bank = self._annotator = self._encoder = None
+        with self._lock.held():
+            self.bank_path = str(folder)
+            self._bank = self._annotator = self._encoder = None
+            self._given.clear()
 
     @property
     def annotator(self) -> Annotator:
         """The engine with its model, loaded on first use."""
         with self._lock.held():
             if self._annotator is None:
-                self._annotator = Annotator(self.make_engine(self.bank), make_format(self.bank.prompt))
+                engine = self.make_engine(self.bank)
+                logger.info(
+                    "Engine %s on device %s", type(engine).__name__, getattr(engine, "device", "of its own choice")
+                )
+                self._annotator = Annotator(engine, make_format(self.bank.prompt))
             return self._annotator
 
     @property
