@@ -507,3 +507,8 @@ def test_nothing_of_the_size_of_the_weight_is_computed():
         merged = method.merge_factors(factors, [1, 1])
         assert merged.shape == (65_536, 65_536)
         assert torch.isfinite(merged.b[index] @ merged.a[:, index]).all()
+
+
+def test_core_space_refuses_trimming_over_the_whole_task_vector():
+    with pytest.raises(SamError, match=r"S401.*inner"):
+        CoreSpace(Ties(trim="global"))

@@ -265,3 +265,5 @@ def _check_eta(eta: float) -> None:
 def _check_inner(inner: Any) -> None:
     if not isinstance(inner, MergeMethod):
         raise SamError("S401", name="inner", expected="a merge method of dense task vectors", found=repr(inner))
+    if isinstance(inner, Ties) and inner.trim == "global":  # a core matrix is no part of a whole task vector
+        raise SamError("S401", name="inner", expected="TIES that trims each matrix by itself", found=repr(inner))
