@@ -74,6 +74,11 @@ class Sample:
         _, place, counts = np.unique(self.corpus, return_inverse=True, return_counts=True)
         return len(self.corpus) / (len(counts) * counts[place])
 
+    @property
+    def shares(self) -> Array:
+        """What each adds to the mean recall over corpora if it is right."""
+        return np.array([1 / (len(self.n_gold) * max(self.n_gold[corpus], 1)) for corpus in self.corpus])
+
     def scores(self, definition: str = CHOSEN) -> Array:
         return np.exp(self.logs[definition])
 
@@ -126,13 +131,13 @@ def raw(fit: Sample, to: Sample, definition: str) -> Array:
     return to.scores(definition)
 
 
-def platt(single: bool = True, agreement: bool = False, slope: bool = True) -> Map:
+def platt(single: bool = True, agreement: bool = False) -> Map:
     """Log-odds linear in those of the score, with offsets for plans of one expert and for how many task models agree."""
 
     def inputs(sample: Sample, definition: str) -> Array:
         columns = [np.array([logit(score) for score in sample.scores(definition)]), np.ones(len(sample.right))]
         agree = np.where(sample.n_models == 1, 0, np.where(sample.n_found == sample.n_models, 1, -1))
-        return np.stack(columns + [sample.single] * single + [agree] * agreement, axis=1).astype(float)[:, not slope :]
+        return np.stack(columns + [sample.single] * single + [agree] * agreement, axis=1).astype(float)
 
     def apply(fit: Sample, to: Sample, definition: str) -> Array:
         found = logistic(inputs(fit, definition), fit.right.astype(float), fit.weights)
@@ -160,14 +165,24 @@ def any_monotone(fit: Sample, to: Sample, definition: str) -> Array:
     return chance
 
 
+def apart(fit: Sample, to: Sample, definition: str) -> Array:
+    """Platt scaling with a slope and an offset of their own for plans of one expert and for others."""
+    chance = np.zeros(len(to.right))
+    for single in (False, True):
+        some, asked = fit.where(fit.single == single), to.single == single
+        if len(some.right) and asked.any():
+            chance[asked] = platt(single=False)(some, to.where(asked), definition)
+    return chance
+
+
 MAPS: Dict[str, Map] = {
     "raw": raw,
     "temperature": temperature,
-    "offset alone, single": platt(slope=False),
     "Platt": platt(single=False),
     "Platt, single": platt(),
     "Platt, single, agreement": platt(agreement=True),
-    "isotonic, single": any_monotone,
+    "Platt, single apart": apart,
+    "isotonic, single apart": any_monotone,
 }
 FITTED = "Platt, single"
 
@@ -228,7 +243,7 @@ def curves(sample: Sample, chance: Array) -> Dict[str, Any]:
     return {
         "raw": rel.bins(sample.scores(), *given),
         "calibrated": rel.bins(chance, *given),
-        "thresholds": rel.precision_recall(chance, sample.right, sum(sample.n_gold.values()), THRESHOLDS),
+        "thresholds": rel.precision_recall(chance, *given, sample.shares, THRESHOLDS),
     }
 
 
@@ -256,7 +271,7 @@ def draw(shown: Dict[str, Any], path: Path) -> None:
             label = f"{name}, {kind} domains"
             axes[2].plot(THRESHOLDS, part["thresholds"][name], color=colour, linestyle=styles[kind], label=label)
     axes[2].set(title="Precision and recall by threshold", xlabel="threshold (calibrated)", xlim=(0, 1), ylim=(0, 1))
-    axes[2].legend(loc="center right", frameon=False, fontsize=8)
+    axes[2].legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncol=2, frameon=False, fontsize=9)
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
     path.parent.mkdir(parents=True, exist_ok=True)

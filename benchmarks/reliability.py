@@ -83,10 +83,15 @@ def isotonic(scores: Array, right: Array, weights: Array) -> Array:
     return np.concatenate([np.full(int(n), value / weight) for weight, value, n in blocks])[place]
 
 
-def precision_recall(scores: Array, right: Array, n_gold: int, thresholds: Sequence[float]) -> Dict[str, List[float]]:
-    """Precision (1 where nothing is left) and recall of the entities scored at least each threshold."""
-    kept = [right[scores >= threshold] for threshold in thresholds]
+def precision_recall(
+    scores: Array, right: Array, weights: Array, shares: Array, thresholds: Sequence[float]
+) -> Dict[str, List[float]]:
+    """Precision (1 where nothing is left) and recall of the entities scored at least each threshold.
+
+    shares (ndarray): [n], what each adds to recall if it is right.
+    """
+    parts = [scores >= threshold for threshold in thresholds]
     return {
-        "precision": [float(part.mean()) if len(part) else 1.0 for part in kept],
-        "recall": [float(part.sum()) / max(n_gold, 1) for part in kept],
+        "precision": [float(np.average(right[p], weights=weights[p])) if p.any() else 1.0 for p in parts],
+        "recall": [float(shares[p & right].sum()) for p in parts],
     }

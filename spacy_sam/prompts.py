@@ -15,7 +15,7 @@ from .locks import ProcessLock
 
 
 class Mention(NamedTuple):
-    """What a task model says: a label, the surface it copied, and where in the completion it stands (characters).
+    """What a task model says: a label, the surface it copied, and where in the completion both stand (characters).
 
     at: Where the surface begins in the text if the model repeated the text up to there as it is; None if the format does
         not tell. Whoever has the text must look.
@@ -161,7 +161,8 @@ class InlineFormat:
                 start = _last_word(echoed)
                 if label.strip() in labels and start < len(echoed):
                     at = start - 1 if start else None  # the answer lacks its first space
-                    mentions.append(Mention(label.strip(), echoed[start:], found.start(), found.end(), at))
+                    begin = max(found.start(), found.end("piece") - (len(echoed) - start))
+                    mentions.append(Mention(label.strip(), echoed[start:], begin, found.end(), at))
                     continue
             elif mentions and mentions[-1].end == found.start() and piece[_last_word(piece) :] == piece.strip() != "":
                 last = mentions.pop()

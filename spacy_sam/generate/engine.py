@@ -30,10 +30,10 @@ class Completion(NamedTuple):
     finished: bool
 
     def score(self, start: int, end: int) -> float:
-        """Geometric mean of the probabilities of the tokens that make up `text[start:end]`, between 0 and 1."""
+        """The probability of `text[start:end]` after what comes before: the product over its tokens, between 0 and 1."""
         begins = (0, *self.ends[:-1])
         inside = [lp for lp, b, e in zip(self.logprobs, begins, self.ends) if b < end and e > start]
-        return math.exp(sum(inside) / len(inside)) if inside else 0.0
+        return math.exp(min(sum(inside), 0.0)) if inside else 0.0
 
 
 @runtime_checkable

@@ -21,6 +21,7 @@ from .constrain import InlineGrammar
 from .engine import Completion
 
 Spans = List[Tuple[int, int]]
+LEAST_SCORE = 1e-12
 NEVER = -1e4  # a logit of what is not asked, that can be added up
 N_SINGLE = 2  # outputs that are no part of a query or key: no entity, and beginning one
 
@@ -205,15 +206,16 @@ def _run_means(values: Tensor, spans: Tensor) -> Tensor:
 
 
 def write_answer(shown: str, row: TagRow, tags: Sequence[Tag], labels: Sequence[str]) -> Completion:
-    """An inline answer with these entities. What a parser takes for an entity, from the mark before it on, has its score."""
+    """An inline answer with these entities. What a parser takes for an entity, surface and marks, has its score."""
     pieces: List[Tuple[str, float]] = []
     before, done = " ", 0
     for tag in tags:
-        score = math.log(max(tag.score, 1e-9))
+        score = math.log(max(tag.score, LEAST_SCORE))
         start, end = row.characters[tag.first][0], row.characters[tag.last][1]
         ends = [at for at in range(start + 1, end + 1) if ends_word(shown, at)]
-        pieces.append((f"{before}{shown[done : ends[0]]}⟨ {labels[tag.label]}⟩", score))
-        pieces += [(f"{shown[one:next_]}¦", score) for one, next_ in itertools.pairwise(ends)]
+        pieces.append((before + shown[done:start], 0.0))
+        pieces.append((f"{shown[start : ends[0]]}⟨ {labels[tag.label]}⟩", score))
+        pieces += [(f"{shown[one:next_]}¦", 0.0) for one, next_ in itertools.pairwise(ends)]
         before, done = "", ends[-1]
     pieces.append((before + shown[done:], 0.0))
     text = "".join(piece for piece, _ in pieces)
