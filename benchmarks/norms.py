@@ -5,7 +5,7 @@ from typing import Any, Dict, Iterator, List, Sequence, Tuple
 
 from benchmarks.rows import Situation
 from spacy_sam.bank import ExpertBank
-from spacy_sam.merge.materialise import merged_deltas
+from spacy_sam.merge.merged import merged_deltas
 from spacy_sam.plan import TaskModelSpec
 from spacy_sam.registered import resolve_method
 from spacy_sam.select.strategies import mean_rank

@@ -24,7 +24,7 @@ from spacy_sam.write import merge_windows, to_spans
 
 Entities = FrozenSet[Tuple[int, int, str]]
 EXCLUDED = ("miscellaneous",)
-VERSION = 2  # of what is kept on disk
+VERSION = 3  # of what is kept on disk
 
 
 @dataclass(frozen=True)

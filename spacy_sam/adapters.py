@@ -2,8 +2,7 @@
 
 import hashlib
 import json
-import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, Tuple
 
@@ -12,26 +11,19 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from .errors import SamError
-
-CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
-KEY_PREFIX = "base_model.model."
-# Settings under which the weight change is not scale * B @ A, or not of one scale and rank, or not of this base.
-REFUSED = (
-    "use_rslora",
-    "use_dora",
-    "lora_bias",
-    "use_qalora",
-    "rank_pattern",
-    "alpha_pattern",
-    "modules_to_save",
-    "layer_replication",
-    "trainable_token_indices",
-    "target_parameters",
-    "alora_invocation_tokens",
-    "arrow_config",
-    "use_bdlora",
+from .lora_config import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    alpha_choices,
+    deciding_entries,
+    rank_choices,
+    read_adapter_config,
+    scale_of,
 )
-PLAIN_INIT = (True, False, None, "gaussian", "eva", "orthogonal")  # the others change the base's weights
+
+KEY_PREFIX = "base_model.model."
+BASE_COPY = "peft would put it in the place of the base's own weight (`bank add --domain` leaves out equal copies)"
+LINEAR, EMBEDDING = ("lora_A", "lora_B"), ("lora_embedding_A", "lora_embedding_B")
 
 
 # Entries of a tile: on a CPU a core's cache holds the few that a merge needs, on a GPU one is worth a kernel's start.
@@ -92,42 +84,32 @@ class Adapter:
 
     matrices: Dict[str, LoraFactors]
 
-    def check_shapes(self, shapes: Mapping[str, Tuple[int, ...]], name: str) -> None:
-        """RAISES: SamError S403 or S107 if the base has no such weight, or one of another shape."""
+    def laid_out(self, transposed: Mapping[str, bool]) -> "Adapter":
+        """The same weight change, laid out as the base's layers keep their weights.
+
+        A config has one `fan_in_fan_out` for all layers, but peft decides for each layer by its class, and so does this.
+
+        transposed (Mapping[str, bool]): For the weight of each linear layer, whether the base keeps it as [in, out].
+        """
+        matrices = {
+            key: replace(factors, transposed=transposed.get(key, factors.transposed))
+            for key, factors in self.matrices.items()
+        }
+        return Adapter(matrices)
+
+    def check_shapes(self, shapes: Mapping[str, Tuple[int, ...]], name: str, either_way: bool = False) -> None:
+        """Compare with the shapes of the base's weights.
+
+        either_way (bool): Take the transposed shape too, where the classes of the base's layers are not known.
+        RAISES: SamError S403 or S107 if the base has no such weight, or one of another shape.
+        """
         for matrix, factors in self.matrices.items():
             if matrix not in shapes:
                 raise SamError("S403", matrix=matrix, expert=name)
-            if tuple(shapes[matrix]) != factors.shape:
+            good = {factors.shape, factors.shape[::-1]} if either_way else {factors.shape}
+            if tuple(shapes[matrix]) not in good:
                 problem = f"'{matrix}' is {list(factors.shape)} and the base's is {list(shapes[matrix])}"
                 raise SamError("S107", name=name, problem=problem)
-
-
-def read_adapter_config(folder: Path, name: str) -> Dict[str, Any]:
-    """Read and check `adapter_config.json`.
-
-    RAISES: SamError S104 if files are missing, S107 if the config is damaged, S106 for a kind that cannot be merged.
-    """
-    for file in (CONFIG_FILE, WEIGHTS_FILE):
-        if not (folder / file).is_file():
-            raise SamError("S104", name=name, path=folder / file)
-    try:
-        config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf8"))
-        rank, alpha = config["r"], config["lora_alpha"]
-        valid = isinstance(rank, int) and rank > 0 and isinstance(alpha, (int, float)) and math.isfinite(alpha)
-    except (ValueError, KeyError, TypeError) as error:
-        raise SamError("S107", name=name, problem=f"{CONFIG_FILE} cannot be read ({error!r})") from error
-    if not valid:
-        raise SamError("S107", name=name, problem=f"rank {rank!r} and alpha {alpha!r} make no scale")
-    if config.get("peft_type") != "LORA":
-        raise SamError("S106", name=name, feature=f"peft_type {config.get('peft_type')!r}")
-    if config.get("bias", "none") != "none":
-        raise SamError("S106", name=name, feature=f"bias={config['bias']!r}")
-    if config.get("init_lora_weights", True) not in PLAIN_INIT:
-        raise SamError("S106", name=name, feature=f"init_lora_weights={config['init_lora_weights']!r}")
-    for feature in REFUSED:
-        if config.get(feature):
-            raise SamError("S106", name=name, feature=feature)
-    return config
 
 
 def read_adapter(folder: Path, name: str) -> Adapter:
@@ -145,37 +127,51 @@ def read_adapter(folder: Path, name: str) -> Adapter:
         raise SamError("S107", name=name, problem=f"{WEIGHTS_FILE} cannot be read ({error})") from error
     pairs: Dict[str, Dict[str, torch.Tensor]] = {}
     for key, tensor in tensors.items():
+        if is_base_copy(key):
+            raise SamError("S106", name=name, feature=f"its own copy of '{key}'", reason=BASE_COPY)
         module, _, factor = key.removeprefix(KEY_PREFIX).removesuffix(".weight").rpartition(".")
-        if factor not in ("lora_A", "lora_B") or tensor.dim() != 2:
-            raise SamError("S107", name=name, problem=f"tensor '{key}' is not a LoRA factor of a linear layer")
+        if factor not in (*LINEAR, *EMBEDDING) or tensor.dim() != 2:
+            raise SamError(
+                "S107", name=name, problem=f"tensor '{key}' is not a LoRA factor of a linear layer or an embedding"
+            )
         if not torch.isfinite(tensor).all():
             raise SamError("S107", name=name, problem=f"tensor '{key}' has NaN or infinite values")
         pairs.setdefault(module, {})[factor] = tensor.float()
     if not pairs:
         raise SamError("S107", name=name, problem="it has no tensors")
-    scale = config["lora_alpha"] / config["r"]
-    transposed = bool(config.get("fan_in_fan_out"))
-    matrices = {
-        f"{module}.weight": _pair(module, pair, scale, transposed, config["r"], name) for module, pair in pairs.items()
-    }
-    return Adapter(matrices)
+    return Adapter({f"{module}.weight": _pair(module, pair, config, name) for module, pair in pairs.items()})
 
 
-def _pair(
-    module: str, pair: Mapping[str, torch.Tensor], scale: float, transposed: bool, rank: int, name: str
-) -> LoraFactors:
-    if set(pair) != {"lora_A", "lora_B"}:
+def is_base_copy(key: str) -> bool:
+    """Whether a tensor is a weight of the base that peft saved beside the factors, as it does for embeddings.
+
+    key (str): Name of the tensor in the adapter's file.
+    """
+    owner, _, last = key.rpartition(".")
+    return last == "weight" and owner.rpartition(".")[2] not in LINEAR and "lora_" not in owner
+
+
+def _pair(module: str, pair: Mapping[str, torch.Tensor], config: Mapping[str, Any], name: str) -> LoraFactors:
+    kind = next((kind for kind in (LINEAR, EMBEDDING) if set(pair) == set(kind)), None)
+    if kind is None:
         raise SamError("S107", name=name, problem=f"'{module}' has {sorted(pair)} and needs lora_A and lora_B")
-    a, b = pair["lora_A"], pair["lora_B"]
-    if a.shape[0] != rank or b.shape[1] != rank:
-        problem = f"'{module}' has factors {list(b.shape)} and {list(a.shape)}, and the config says rank {rank}"
+    a, b = (pair[factor] for factor in kind)
+    rank, ranks, alphas = a.shape[0], rank_choices(config, module), alpha_choices(config, module)
+    if rank != b.shape[1] or rank not in ranks:
+        said = " or ".join(map(str, sorted(ranks)))
+        problem = f"'{module}' has factors {list(b.shape)} and {list(a.shape)}, and the config says rank {said}"
         raise SamError("S107", name=name, problem=problem)
-    return LoraFactors(a, b, scale, transposed)
+    if len(alphas) > 1:
+        reason = f"several patterns match '{module}' (alpha {sorted(alphas)}), and peft does not keep their order"
+        raise SamError("S106", name=name, feature="alpha_pattern", reason=reason)
+    scale = scale_of(config, rank, alphas.pop())
+    # An embedding keeps a row for each token: [in, out], whatever the config says of linear layers.
+    return LoraFactors(a, b, scale, transposed=kind == EMBEDDING or bool(config.get("fan_in_fan_out")))
 
 
 def hash_adapter(folder: Path) -> str:
     """Content hash of an adapter: its weights file and the config entries that decide the weight change."""
     digest = hashlib.sha256((folder / WEIGHTS_FILE).read_bytes())
     config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf8"))
-    digest.update(repr([config.get(key) for key in ("r", "lora_alpha", "fan_in_fan_out")]).encode("utf8"))
+    digest.update(repr(deciding_entries(config)).encode("utf8"))
     return digest.hexdigest()[:16]

@@ -97,8 +97,9 @@ def union(*answers: Sequence[Placed]) -> List[Candidate]:
 def resolve_overlaps(candidates: Iterable[Candidate]) -> List[Candidate]:
     """The candidates that can stand in `doc.ents` together, sorted by start.
 
-    Of two that overlap, the one with more sources stays, then the one with the higher score, then the longer one, then
-    the earlier one, then the one whose label sorts first. The order of `candidates` does not matter.
+    Of two that overlap, the one with the higher score stays, then the one with more sources, then the longer one, then
+    the earlier one, then the one whose label sorts first. So what stays above a threshold is the same whether candidates below
+    it are left out before or after. The order of `candidates` does not matter.
     """
     kept: List[Candidate] = []
     starts: List[int] = []
@@ -112,9 +113,9 @@ def resolve_overlaps(candidates: Iterable[Candidate]) -> List[Candidate]:
     return kept
 
 
-def _rank(candidate: Candidate) -> Tuple[int, float, int, int, str]:
+def _rank(candidate: Candidate) -> Tuple[float, int, int, int, str]:
     length = candidate.end - candidate.start
-    return -len(candidate.sources), -candidate.score, -length, candidate.start, candidate.label
+    return -candidate.score, -len(candidate.sources), -length, candidate.start, candidate.label
 
 
 class _Board:

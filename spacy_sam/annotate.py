@@ -1,11 +1,12 @@
 """Windows in, candidate entities out: prompts, generation, parsing, alignment and the union of the task models."""
 
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Dict, Iterable, List, Sequence, Tuple
 
 from .align import Candidate, Placed, Scored, align, union
 from .errors import SamError
 from .generate.engine import Completion, Engine, Request
+from .locks import ProcessLock
 from .plan import TaskModelSpec
 from .prompts import PromptFormat
 from .select.base import Found
@@ -29,14 +30,20 @@ class Counts:
     malformed: int = 0
     unfinished: int = 0
 
+    def add(self, other: "Counts") -> None:
+        self.windows, self.mentions, self.dropped, self.malformed, self.unfinished = (
+            one + more for one, more in zip(astuple(self), astuple(other))
+        )
+
 
 class Annotator:
-    """Asks an engine's task models for labelled spans. Holds no documents and no state but counts."""
+    """Asks an engine's task models for labelled spans. Holds no documents and no state but counts. Threads may share one."""
 
     def __init__(self, engine: Engine, prompt_format: PromptFormat) -> None:
         self.engine = engine
         self.format = prompt_format
         self.counts = Counts()
+        self._lock = ProcessLock()
 
     def window_size(self, labels: Sequence[str], wanted: int) -> int:
         """Tokens a window may have: `wanted`, or what the labels leave of the model's context.
@@ -78,16 +85,19 @@ class Annotator:
         requests = [Request(spec, group, window.text) for spec in specs for group in groups for window in windows]
         completions = iter(self.engine.generate(requests))
         answers: List[List[List[Placed]]] = [[[] for _ in windows] for _ in specs]
+        counts = Counts()
         for of_model in answers:
             for group in groups:
                 for answer, window in zip(of_model, windows):
-                    answer.extend(self._place(next(completions), group, window))
+                    answer.extend(self._place(next(completions), group, window, counts))
+        with self._lock.held():
+            self.counts.add(counts)
         return answers
 
-    def _place(self, completion: Completion, labels: Sequence[str], window: Window) -> List[Placed]:
+    def _place(self, completion: Completion, labels: Sequence[str], window: Window, counts: Counts) -> List[Placed]:
         text = completion.text
         if not completion.finished:
-            self.counts.unfinished += 1
+            counts.unfinished += 1
             text = self.format.whole_part(text)
         parsed = self.format.parse(text, labels)
         shown = self.format.shown(window.text)
@@ -102,10 +112,7 @@ class Annotator:
                 scored.append(Scored(mention.label, mention.surface, score))
         found, n_dropped = align(scored, window.text, window.start)
         placed = sorted({*placed, *found})
-        self.counts.windows += 1
-        self.counts.mentions += len(parsed.mentions)
-        self.counts.dropped += n_dropped
-        self.counts.malformed += parsed.n_malformed
+        counts.add(Counts(1, len(parsed.mentions), n_dropped, parsed.n_malformed))
         return placed
 
 

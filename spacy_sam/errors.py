@@ -17,8 +17,8 @@ MESSAGES = {
     "with 'card.json', 'adapter_config.json' and 'adapter_model.safetensors'.",
     "S105": "Expert '{name}' was trained on another base ({found}) than this bank's ({expected}). "
     "Experts can only be merged when they share a base: train it on this bank's base.",
-    "S106": "Expert '{name}' uses {feature}, whose weight change is not scale * B @ A, so it cannot be merged exactly. "
-    "Train it as plain LoRA (no rslora, no DoRA, bias='none').",
+    "S106": "Expert '{name}' uses {feature}, so it cannot be merged exactly: {reason}. "
+    "Train it as plain LoRA (no DoRA, bias='none'); docs/bank_adapters.md says what else can be merged.",
     "S107": "Expert '{name}': {problem}. The adapter file is damaged or was made for another model: train it again.",
     "S108": "There is no expert '{name}' in the bank. It has: {known}.",
     "S109": "There is an expert '{name}' in the bank already. Remove it first, or add this one under another name.",
@@ -32,6 +32,18 @@ MESSAGES = {
     "S115": "The bundled bank is not in this installation. Reinstall spacy-sam, or set 'bank' to a bank folder.",
     "S116": "The plan was made with another version of expert '{name}' than the bank holds now. Select again.",
     "S117": "There is a bank at {path} already. Add experts to it, or give another folder.",
+    "S118": "Expert '{name}': {path} is a pickle, which can run any code when it is read. Convert it where you trust it: "
+    "load it with torch.load(path, weights_only=True), and write the tensors with safetensors.torch.save_file to "
+    "'adapter_model.safetensors' beside it (docs/bank_adapters.md has the lines).",
+    "S119": "Expert '{name}': its config says that it was trained on {found}, and the base of this bank is {expected}. If they "
+    "are the same model, say so with --same-base (same_base=True); on another base its weight change means nothing.",
+    "S120": "Expert '{name}' is compressed, and {problem}. Compress it again from the original bank.",
+    "S121": "There is something at {path} already. Give the compressed bank a folder of its own.",
+    "S122": "Similarity needs at least two experts, and the bank has: {found}. Add experts with `spacy sam bank add`.",
+    "S123": "There is something at {path} already. Give a folder that is empty or not there.",
+    "S126": "The calibration {found} cannot be used: it needs a 'slope' above 0 and an 'offset', and takes "
+    "'single_expert', all finite. Mend the entries of 'decoding' in bank.json that begin with 'score_', or take "
+    "them out for raw scores.",
     # Prompts, windows, alignment
     "S201": "Unknown prompt format '{name}'. This version of spacy-sam knows: {known}.",
     "S202": "Labels must be {expected}, got {found}.",
@@ -55,11 +67,19 @@ MESSAGES = {
     "would change both. Train the expert without that layer.",
     "S405": "Expert '{expert}' changes '{matrix}', which the base keeps as {dtype}. Task vectors can only be added to "
     "weights in float16, bfloat16, float32 or float64: load a base that is not quantised.",
+    "S406": "{method} makes dense weight changes, so its task models have no exact low-rank adapter. Merge by one of {known}, "
+    "or write the task models as model folders.",
+    "S407": "Cannot merge: the task vector of expert number {number} has NaN or infinite values. Its adapter is damaged, or its "
+    "factors are too large for float32: train it again.",
     "S410": "Merging '{matrix}' gives values that {dtype} cannot hold. Lower the method's 'scale', load the base in a wider "
     "dtype, or leave out the expert whose weight changes are that large.",
     "S411": "The base at {path} cannot be merged tensor by tensor: {reason}.",
     "S412": "The task model could not be written to {path} ({reason}). Nothing half-written is left there: "
     "make room, and run it again.",
+    "S413": "Version {version} of expert '{name}' cannot be merged any more: {reason}. Select again "
+    "(nlp.get_pipe('sam_ner').select(texts), or spacy sam select), or add that version of the expert again.",
+    "S414": "The cache of merged weights {path} cannot be used: {reason}. Give a folder that can be written to as 'cache_dir', "
+    "or leave the setting empty.",
     # Generation
     "S501": "Device '{device}' is not available here: {reason}. Set 'device' to 'cpu', or leave it empty for the best.",
     "S502": "Unknown dtype '{dtype}'. Use one of: {known}.",
@@ -91,9 +111,28 @@ MESSAGES = {
     "S702": "'{setting}' of sam_ner must be {expected}, got {found}.",
     "S703": "Select in the main process first: nlp.get_pipe('{name}').select(texts). A worker of n_process > 1 sees only its "
     "own batch of the stream, so it does not select.",
+    "S704": "The bank at {path} was made anew while it was in use, with another base, prompt format or encoder. "
+    "Load the pipeline again.",
+    "S705": "The bank at {path} was changed {times} times while experts were selected from it. Select again when it is at rest.",
+    "S706": "The plan of a call must be a Plan, got {found}. Read one with Plan.from_disk(path), or take the component's `plan`.",
+    "S707": "The bank cannot be saved with the pipeline: its base is at {base}, outside of the bank's folder. "
+    "Give its weights a folder inside the bank, or set 'save_bank' to false.",
     # Command line and evaluation
     "S801": "No documents in {path}.",
     "S802": "{problem}",
+    "S803": "Task model {number} ({name}) cannot be written as an adapter: {reason}. Write it as a model folder (`--as model`).",
+    "S810": "Nothing to annotate in {path}. Give .jsonl (also .jsonl.gz, .jsonl.zst), .parquet, .spacy or .txt files, "
+    "or folders of such.",
+    "S811": "{path} holds the output of another run: {differences}. Give another folder, or --overwrite to replace what differs.",
+    "S812": "{name} would be written from {first}, and it is also for {second}. Rename an input, give the folder that both "
+    "are in, or write to another folder.",
+    "S813": "Cannot write {path}: {reason}. Outputs that are finished stay; the same command goes on when that is mended.",
+    "S814": "{path} needs {package}: pip install 'spacy-sam[{extra}]'.",
+    "S815": "Ray at {address} does not answer: {reason}. Start a cluster with `ray start --head`, "
+    "or leave out --address for a Ray on this machine.",
+    "S816": "No worker could annotate: {reason}. Try with --engine local, one process, and a smaller model or more memory.",
+    "S817": "Pipeline {pipeline} must have one sam_ner: {problem}.",
+    "S818": "Another run is writing to {path}. Wait for it, or stop it.",
 }
 
 

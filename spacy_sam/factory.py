@@ -33,10 +33,12 @@ def make_sam_ner(
     window_overlap: int,
     batch_size: int,
     threshold: float,
+    calibrated: bool,
     spans_key: Optional[str],
     annotate_ents: bool,
     ents_filter: Optional[Callable],
     overwrite: bool,
+    save_bank: bool,
     scorer: Optional[Callable],
 ) -> SamNer:
     """Build the component; see `SamNer`."""
@@ -55,9 +57,11 @@ def make_sam_ner(
         window_overlap=window_overlap,
         batch_size=batch_size,
         threshold=threshold,
+        calibrated=calibrated,
         spans_key=spans_key,
         annotate_ents=annotate_ents,
         ents_filter=ents_filter,
         overwrite=overwrite,
+        save_bank=save_bank,
         scorer=scorer,
     )

@@ -1,6 +1,8 @@
 """The base's model class: causal, encoder-decoder or tagger, as its config says."""
 
-from typing import Any, Optional
+from typing import Any, Dict, Optional, Tuple
+
+from .errors import SamError
 
 TAGGER = "ForTokenClassification"
 
@@ -26,3 +28,30 @@ def auto_model(source: str, revision: Optional[str] = None, local_files_only: bo
 def is_tagger(config: Any) -> bool:
     """Whether a transformers config is that of a tagger (see `generate.tagging`), which generates no text."""
     return any(name.endswith(TAGGER) for name in config.architectures or ())
+
+
+def load_structure(source: str, revision: Optional[str] = None) -> Any:
+    """A base without its weights, on the meta device: its layers, their names and shapes, and which of them are tied.
+
+    source (str): Folder or hub id.
+    revision (Optional[str]): Of the hub id.
+    RETURNS (Any): The model that `auto_model(source).from_pretrained(source)` would load.
+    RAISES: SamError S503 if there is no such model.
+    """
+    import torch
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(source, revision=revision)
+        with torch.device("meta"):
+            model = auto_model(source, revision).from_config(config)
+        model.tie_weights()
+    except (OSError, ValueError) as error:
+        raise SamError("S503", path=source, reason=str(error).splitlines()[0] if str(error) else repr(error)) from error
+    return model
+
+
+def model_shapes(source: str) -> Dict[str, Tuple[int, ...]]:
+    """Shapes of a base's parameters by the names they have in the loaded model, tied ones under all their names."""
+    parameters = load_structure(source).named_parameters(remove_duplicate=False)
+    return {name: tuple(parameter.shape) for name, parameter in parameters}

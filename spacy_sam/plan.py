@@ -3,11 +3,13 @@
 import hashlib
 import json
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Dict, Mapping, Optional, Tuple, Type, TypeVar, Union
+from typing import Annotated, Any, Dict, Mapping, Optional, Tuple, Type, TypeVar, Union
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+import numpy as np
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from .errors import SamError
 
@@ -37,6 +39,11 @@ class Centroid(Strict):
     encoder: str
     n_texts: int
     vector: Tuple[float, ...]
+
+    @cached_property
+    def array(self) -> np.ndarray:
+        """`vector` as float32, made once: a bank of many experts is ranked again and again."""
+        return np.fromiter(self.vector, np.float32, len(self.vector))
 
 
 @dataclass(frozen=True)
@@ -88,11 +95,15 @@ class TaskModelSpec(Strict):
     No experts at all means the untuned base. Experts are a set: their order never changes the merge, so they are kept
     sorted by name and equal sets have equal fingerprints. One expert is not merged with anything, so no method is
     kept.
+
+    adapter_hashes: The version of each expert, for what runs it; empty for the one that the bank holds when it is run. A plan
+        has them for all of its task models, and so does not write these.
     """
 
     experts: Tuple[str, ...] = ()
     weights: Tuple[float, ...] = ()
     method: Dict[str, Any] = field(default_factory=dict)
+    adapter_hashes: Annotated[Tuple[str, ...], Field(exclude=True)] = ()
 
     def __post_init__(self) -> None:
         weights = tuple(self.weights) or (1.0,) * len(self.experts)
@@ -101,9 +112,11 @@ class TaskModelSpec(Strict):
             raise SamError("S113", experts=list(self.experts), weights=list(self.weights))
         if len(weights) < 2:
             object.__setattr__(self, "method", {})
-        pairs = sorted(zip(self.experts, weights))
-        object.__setattr__(self, "experts", tuple(name for name, _ in pairs))
-        object.__setattr__(self, "weights", tuple(float(weight) for _, weight in pairs))
+        order = sorted(range(len(weights)), key=lambda place: self.experts[place])
+        object.__setattr__(self, "experts", tuple(self.experts[place] for place in order))
+        object.__setattr__(self, "weights", tuple(float(weights[place]) for place in order))
+        if self.adapter_hashes:
+            object.__setattr__(self, "adapter_hashes", tuple(self.adapter_hashes[place] for place in order))
 
     @property
     def name(self) -> str:
@@ -112,7 +125,19 @@ class TaskModelSpec(Strict):
 
     @property
     def fingerprint(self) -> str:
-        return fingerprint(asdict(self))
+        """Hash of all of it: of the experts' versions, too, if it says them."""
+        return fingerprint(_decides(self))
+
+    def of_versions(self, adapter_hashes: Mapping[str, str]) -> "TaskModelSpec":
+        """The same with the version of each expert, by name; as it is if one of them is not among these."""
+        if not all(name in adapter_hashes for name in self.experts):
+            return self
+        return replace(self, adapter_hashes=tuple(adapter_hashes[name] for name in self.experts))
+
+
+def _decides(spec: TaskModelSpec) -> Dict[str, Any]:
+    """What decides a task model's weights. One without versions has the fingerprint it had before there were any."""
+    return {key: value for key, value in asdict(spec).items() if key != "adapter_hashes" or value}
 
 
 @dataclass(frozen=True)
@@ -136,8 +161,13 @@ class Plan(Strict):
     @property
     def fingerprint(self) -> str:
         """Hash of what decides the merged weights: the base, the adapters' content, weights and methods."""
-        specs = [asdict(spec) for spec in self.task_models]
+        specs = [_decides(spec) for spec in self.task_models]
         return fingerprint({"base": self.base_hash, "adapters": self.adapter_hashes, "task_models": specs})
+
+    @property
+    def versions(self) -> Tuple[TaskModelSpec, ...]:
+        """The task models with the versions of their experts: what is run, whatever the bank holds by then."""
+        return tuple(spec.of_versions(self.adapter_hashes) for spec in self.task_models)
 
     def to_dict(self) -> Dict[str, Any]:
         return {**to_json(self), "fingerprint": self.fingerprint}
@@ -189,8 +219,19 @@ def from_json(cls: Type[T], data: Any, code: str, **fields: object) -> T:
     try:
         return _adapter(cls).validate_python(data)
     except ValidationError as error:
-        reasons = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
-        raise SamError(code, reason="; ".join(reasons), **fields) from error
+        raise SamError(code, reason=_reasons(error), **fields) from error
+
+
+def from_json_text(cls: Type[T], text: bytes, code: str, **fields: object) -> T:
+    """Build a dataclass from the text of a JSON file, faster than `from_json`. RAISES: as `from_json`."""
+    try:
+        return _adapter(cls).validate_json(text)
+    except ValidationError as error:
+        raise SamError(code, reason=_reasons(error), **fields) from error
+
+
+def _reasons(error: ValidationError) -> str:
+    return "; ".join(f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors())
 
 
 def _adapter(cls: Any) -> TypeAdapter:

@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Dict, Iterable, List, Mapping, NamedTuple, Optional, Sequence, Tuple, Type, Union
 
 from .errors import SamError
+from .locks import ProcessLock
 
 
 class Mention(NamedTuple):
-    """What a task model says: a label, the surface it copied, and where in the completion it stands (characters).
+    """What a task model says: a label, the surface it copied, and where in the completion both stand (characters).
 
     at: Where the surface begins in the text if the model repeated the text up to there as it is; None if the format does
         not tell. Whoever has the text must look.
@@ -160,7 +161,8 @@ class InlineFormat:
                 start = _last_word(echoed)
                 if label.strip() in labels and start < len(echoed):
                     at = start - 1 if start else None  # the answer lacks its first space
-                    mentions.append(Mention(label.strip(), echoed[start:], found.start(), found.end(), at))
+                    begin = max(found.start(), found.end("piece") - (len(echoed) - start))
+                    mentions.append(Mention(label.strip(), echoed[start:], begin, found.end(), at))
                     continue
             elif mentions and mentions[-1].end == found.start() and piece[_last_word(piece) :] == piece.strip() != "":
                 last = mentions.pop()
@@ -241,9 +243,14 @@ class PromptEncoder:
         """tokenizer: A fast transformers tokenizer with an end token. prompt_format: The bank's format."""
         self.tokenizer = tokenizer
         self.format = prompt_format
+        self._lock = ProcessLock()  # a fast tokenizer refuses a thread while another one's call sets it up
+
+    def _encode(self, text: str, **settings: Any) -> Any:
+        with self._lock.held():
+            return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False, **settings)
 
     def plain(self, text: str) -> List[int]:
-        return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+        return self._encode(text)["input_ids"]
 
     def whole(self, prompt: str) -> List[int]:
         """A prompt from its beginning, with the start token if the tokenizer has one."""
@@ -261,13 +268,7 @@ class PromptEncoder:
 
     def starts(self, text: str) -> List[int]:
         """Character starts of the tokens of `text` as a prompt shows it, ascending; of several in one character, each."""
-        encoded = self.tokenizer(
-            flatten_text(text),
-            add_special_tokens=False,
-            split_special_tokens=True,
-            return_offsets_mapping=True,
-            verbose=False,
-        )
+        encoded = self._encode(flatten_text(text), return_offsets_mapping=True)
         return sorted(start for start, _ in encoded["offset_mapping"])
 
     def spans(self, text: str) -> Tuple[List[int], List[Tuple[int, int]]]:
@@ -275,13 +276,7 @@ class PromptEncoder:
 
         Leading spaces are left out, so a token of nothing else is empty. Tokens of one character have all the same one.
         """
-        encoded = self.tokenizer(
-            f" {text}",
-            add_special_tokens=False,
-            split_special_tokens=True,
-            return_offsets_mapping=True,
-            verbose=False,
-        )
+        encoded = self._encode(f" {text}", return_offsets_mapping=True)
         spans: List[Tuple[int, int]] = []
         for begin, stop in encoded["offset_mapping"]:
             surface = text[max(begin - 1, 0) : max(stop - 1, 0)]

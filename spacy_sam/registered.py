@@ -11,6 +11,7 @@ from .errors import check_finite, check_whole
 if TYPE_CHECKING:
     from .bank import ExpertBank
     from .generate.engine import Engine
+    from .merge.factors import FactorMethod
     from .merge.methods import MergeMethod
     from .select.base import Selector
     from .select.strategies import Strategy
@@ -42,6 +43,72 @@ def make_dare(density: float = 0.5, scale: float = 0.4, seed: int = 0) -> "Merge
     from .merge.methods import Dare
 
     return Dare(density, scale, seed)
+
+
+def make_dare_ties(density: float = 0.5, scale: float = 1.0, seed: int = 0) -> "MergeMethod":
+    """`spacy_sam.DARETIES.v1`: see `merge.pruning.dare_ties`."""
+    from .merge.pruning import DareTies
+
+    return DareTies(density, scale, seed)
+
+
+def make_della(
+    density: float = 0.7, window: float = 0.14, scale: float = 1.1, seed: int = 0, combine: str = "ties"
+) -> "MergeMethod":
+    """`spacy_sam.DELLA.v1`: see `merge.pruning.della`."""
+    from .merge.pruning import Della
+
+    return Della(density, window, scale, seed, combine)
+
+
+def make_breadcrumbs(density: float = 0.15, gamma: float = 0.006, scale: float = 0.2) -> "MergeMethod":
+    """`spacy_sam.Breadcrumbs.v1`: see `merge.pruning.breadcrumbs`."""
+    from .merge.pruning import Breadcrumbs
+
+    return Breadcrumbs(density, gamma, scale)
+
+
+def make_pcb(density: float = 0.1, scale: float = 1.2) -> "MergeMethod":
+    """`spacy_sam.PCB.v1`: see `merge.pruning.pcb`."""
+    from .merge.pruning import Pcb
+
+    return Pcb(density, scale)
+
+
+def make_star(eta: float = 40.0, scale: float = 1.0) -> "FactorMethod":
+    """`spacy_sam.STAR.v1`: see `merge.subspace.star`."""
+    from .merge.subspace import Star
+
+    return Star(eta, scale)
+
+
+def make_iso_c(scale: float = 1.0) -> "FactorMethod":
+    """`spacy_sam.IsoC.v1`: see `merge.subspace.iso_c`."""
+    from .merge.subspace import IsoC
+
+    return IsoC(scale)
+
+
+def make_tsv_m(scale: float = 1.0) -> "FactorMethod":
+    """`spacy_sam.TSVM.v1`: see `merge.subspace.tsv_m`."""
+    from .merge.subspace import Tsvm
+
+    return Tsvm(scale)
+
+
+def make_knots(density: float = 1.0, scale: float = 0.5) -> "FactorMethod":
+    """`spacy_sam.KnOTS.v1`: see `merge.subspace.knots`."""
+    from .merge.subspace import Knots
+
+    return Knots(density, scale)
+
+
+def make_core_space(inner: Any = None) -> "FactorMethod":
+    """`spacy_sam.CoreSpace.v1`: see `merge.subspace.core_space`. `inner` is a block such as TIES'; None is TIES."""
+    from .merge.methods import Ties
+    from .merge.subspace import CoreSpace
+
+    return CoreSpace(inner if inner is not None else Ties())
 
 
 def make_domain_similarity() -> "Selector":
@@ -111,10 +178,15 @@ class TorchEngineMaker:
     local_files_only: bool = False
     constrained: bool = True
     entity_bias: Optional[float] = None
+    cache_bytes: int = 1 << 30
+    cache_dir: Optional[str] = None
+    cache_dir_bytes: int = 1 << 36
 
     def __post_init__(self) -> None:
         for setting in ("max_new_tokens", "tokens_per_batch"):
             check_whole(setting, getattr(self, setting))
+        for setting in ("cache_bytes", "cache_dir_bytes"):
+            check_whole(setting, getattr(self, setting), least=0)
         if self.entity_bias is not None:
             check_finite("entity_bias", self.entity_bias)
 
@@ -132,9 +204,23 @@ def make_torch_engine(
     local_files_only: bool = False,
     constrained: bool = True,
     entity_bias: Optional[float] = None,
+    cache_bytes: int = 1 << 30,
+    cache_dir: Optional[str] = None,
+    cache_dir_bytes: int = 1 << 36,
 ) -> TorchEngineMaker:
     """`spacy_sam.TorchEngine.v1`: see `generate.torch_engine`."""
-    return TorchEngineMaker(device, dtype, max_new_tokens, tokens_per_batch, local_files_only, constrained, entity_bias)
+    return TorchEngineMaker(
+        device,
+        dtype,
+        max_new_tokens,
+        tokens_per_batch,
+        local_files_only,
+        constrained,
+        entity_bias,
+        cache_bytes,
+        cache_dir,
+        cache_dir_bytes,
+    )
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,11 @@
 """The settings of `sam_ner`: defaults, checks, labels."""
 
-from typing import Any, Dict, Sequence, Union
+import json
+from typing import Any, Dict, NamedTuple, Optional, Sequence, Union
 
 from .annotate import check_labels
 from .errors import SamError
+from .plan import Plan
 
 SPANS_KEY = "sc"
 # The TIES paper's settings are .2 and 1. On the bundled bank these change the weights too much: docs/experiments.md, trial 13.
@@ -34,6 +36,9 @@ DEFAULT_CONFIG: Dict[str, Any] = {
         "local_files_only": False,
         "constrained": True,
         "entity_bias": None,
+        "cache_bytes": 1 << 30,
+        "cache_dir": None,
+        "cache_dir_bytes": 1 << 36,
     },
     "selection": "stream",
     "look_ahead": 100,
@@ -43,10 +48,12 @@ DEFAULT_CONFIG: Dict[str, Any] = {
     "window_overlap": 24,
     "batch_size": 64,
     "threshold": 0.0,
+    "calibrated": True,
     "spans_key": SPANS_KEY,
     "annotate_ents": True,
     "ents_filter": None,
     "overwrite": False,
+    "save_bank": False,
     "scorer": {"@scorers": "spacy.ner_scorer.v1"},
 }
 
@@ -63,7 +70,7 @@ def check_settings(cfg: Dict[str, Any]) -> None:
         raise SamError("S702", setting="window_overlap", expected="less than window_size", found=found)
     if cfg["selection"] not in MODES:
         raise SamError("S702", setting="selection", expected=f"one of {MODES}", found=repr(cfg["selection"]))
-    for setting in ("annotate_ents", "overwrite"):
+    for setting in ("calibrated", "annotate_ents", "overwrite", "save_bank"):
         if not isinstance(cfg[setting], bool):
             raise SamError("S702", setting=setting, expected="true or false", found=repr(cfg[setting]))
     key = cfg["spans_key"]
@@ -72,6 +79,31 @@ def check_settings(cfg: Dict[str, Any]) -> None:
     threshold = cfg["threshold"]
     if isinstance(threshold, bool) or not isinstance(threshold, (int, float)) or not 0 <= threshold <= 1:
         raise SamError("S702", setting="threshold", expected="a number between 0 and 1", found=repr(threshold))
+
+
+class Call(NamedTuple):
+    """What holds for one call. plan, labels: None for those of the component."""
+
+    plan: Optional[Plan]
+    labels: Optional[Dict[str, str]]
+    threshold: float
+
+
+def read_call(cfg: Dict[str, Any], plan: Optional[Plan], labels: Optional[Labels], threshold: Optional[float]) -> Call:
+    """The component's settings and, where given, a call's own.
+
+    RAISES: SamError S702, also for a setting that was changed since; S202 and S203 for labels; S706 if the plan is none.
+    """
+    check_settings(cfg if threshold is None else {**cfg, "threshold": threshold})
+    if plan is not None and not isinstance(plan, Plan):
+        raise SamError("S706", found=repr(plan)[:80])
+    asked = read_labels(labels) if labels is not None else {}
+    return Call(plan, asked or None, cfg["threshold"] if threshold is None else threshold)
+
+
+def unlike(one: Any, other: Any) -> bool:
+    """Whether two values of a setting differ; labels are asked in their order, so that counts."""
+    return json.dumps(one) != json.dumps(other)
 
 
 def read_labels(labels: Labels) -> Dict[str, str]:

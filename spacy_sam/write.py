@@ -2,7 +2,7 @@
 
 from typing import Callable, Dict, Iterable, List, Optional, Sequence, Tuple
 
-from spacy.pipeline.span_ruler import prioritize_existing_ents_filter, prioritize_new_ents_filter
+from spacy.pipeline.span_ruler import prioritize_existing_ents_filter
 from spacy.tokens import Doc, Span, SpanGroup
 
 from .align import Candidate, resolve_overlaps
@@ -59,10 +59,10 @@ def write_spans(doc: Doc, pairs: Sequence[Pair], key: str, plan: Optional[str], 
 def write_ents(doc: Doc, pairs: Sequence[Pair], ents_filter: Optional[EntsFilter], overwrite: bool) -> None:
     """Write non-overlapping spans to `doc.ents`, together with the entities that are there.
 
-    Between new spans, more task models win over fewer, then the higher score. Between new and existing ones
-    `ents_filter` decides: by default existing entities stay, and with `overwrite` new ones win.
+    Between new spans the higher score wins, then the one that more task models found. Between new and existing ones
+    `ents_filter` decides: by default existing entities stay. With `overwrite` they are removed before, as in SpanRuler.
     """
     placed = {c._replace(start=span.start_char, end=span.end_char): span for span, c in pairs}
     new = [placed[candidate] for candidate in resolve_overlaps(list(placed))]
-    default = prioritize_new_ents_filter if overwrite else prioritize_existing_ents_filter
-    doc.set_ents(sorted((ents_filter or default)(doc.ents, new)))
+    existing = () if overwrite else doc.ents
+    doc.set_ents(sorted((ents_filter or prioritize_existing_ents_filter)(existing, new)))

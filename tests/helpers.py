@@ -182,7 +182,11 @@ def save_adapter(folder: Union[str, Path], base_folder: Union[str, Path], seed: 
         peft_model = get_peft_model(model, LoraConfig(**settings))
         with torch.no_grad():
             for name, parameter in peft_model.named_parameters():
-                if "lora_B" in name or (parameter.requires_grad and name.endswith("bias")):
+                if (
+                    "lora_B" in name
+                    or "lora_embedding_A" in name
+                    or (parameter.requires_grad and name.endswith("bias"))
+                ):
                     parameter.normal_(0, INIT_RANGE)
         peft_model.save_pretrained(folder)
     return Path(folder)

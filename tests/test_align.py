@@ -454,8 +454,8 @@ def test_union_merges_equal_spans():
 @pytest.mark.parametrize(
     ("better", "worse"),
     [
-        (Candidate(0, 3, "A", 0.1, (0, 1)), Candidate(0, 9, "A", 0.9, (0,))),
-        (Candidate(2, 3, "A", 0.9, (1,)), Candidate(0, 9, "A", 0.8, (0,))),
+        (Candidate(2, 3, "A", 0.9, (1,)), Candidate(0, 9, "A", 0.8, (0, 1))),
+        (Candidate(0, 3, "A", 0.9, (0, 1)), Candidate(0, 9, "A", 0.9, (0,))),
         (Candidate(2, 9, "A", 0.9, (0,)), Candidate(0, 3, "A", 0.9, (0,))),
         (Candidate(0, 4, "B", 0.9, (0,)), Candidate(2, 6, "A", 0.9, (0,))),
         (Candidate(0, 4, "A", 0.9, (0,)), Candidate(0, 4, "B", 0.9, (0,))),
@@ -488,8 +488,14 @@ def candidate_lists(draw):
 @given(candidate_lists(), st.integers(0, 99))
 def test_resolve_overlaps_as_the_obvious_version(candidates, seed):
     expected = []
-    for c in sorted(candidates, key=lambda c: (-len(c.sources), -c.score, c.start - c.end, c.start, c.label)):
+    for c in sorted(candidates, key=lambda c: (-c.score, -len(c.sources), c.start - c.end, c.start, c.label)):
         if all(c.end <= kept.start or kept.end <= c.start for kept in expected):
             expected.append(c)
     random.Random(seed).shuffle(candidates)
     assert resolve_overlaps(candidates) == sorted(expected)
+
+
+@given(candidate_lists(), st.sampled_from([0.1, 0.5, 0.9]))
+def test_resolve_overlaps_before_or_after_a_threshold(candidates, threshold):
+    kept = [candidate for candidate in candidates if candidate.score >= threshold]
+    assert resolve_overlaps(kept) == [c for c in resolve_overlaps(candidates) if c.score >= threshold]

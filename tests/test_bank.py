@@ -266,13 +266,10 @@ def test_bank_unknown_names_are_refused(ask, bank_copy):
 @pytest.mark.parametrize(
     ("kwargs", "feature"),
     [
-        ({"use_rslora": True}, "use_rslora"),
         ({"use_dora": True}, "use_dora"),
         ({"lora_bias": True}, "lora_bias"),
         ({"bias": "lora_only", "target_modules": ["q_proj"]}, "bias='lora_only'"),
         ({"bias": "all"}, "bias='all'"),
-        ({"rank_pattern": {"q_proj": 2}}, "rank_pattern"),
-        ({"alpha_pattern": {"q_proj": 2}}, "alpha_pattern"),
         ({"modules_to_save": ["lm_head"], "target_modules": ["q_proj"]}, "modules_to_save"),
         ({"trainable_token_indices": [1, 2], "target_modules": ["q_proj"]}, "trainable_token_indices"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa'"),
@@ -294,11 +291,15 @@ def test_bank_add_refuses_what_is_not_plain_lora(kwargs, feature, bank_copy, car
     [
         ({"peft_type": "IA3"}, "S106"),
         ({"peft_type": None}, "S106"),
-        ({"use_rslora": True}, "S106"),
         ({"use_dora": True}, "S106"),
         ({"bias": "all"}, "S106"),
-        ({"rank_pattern": {"q_proj": 2}}, "S106"),
-        ({"alpha_pattern": {"q_proj": 2}}, "S106"),
+        ({"kasa_config": {}}, "S106"),
+        ({"a_later_kind": True}, "S106"),
+        ({"rank_pattern": {"q_proj": 0}}, "S107"),
+        ({"rank_pattern": {"q_(proj": 2}}, "S107"),
+        ({"rank_pattern": ["q_proj"]}, "S107"),
+        ({"alpha_pattern": {"q_proj": "8"}}, "S107"),
+        ({"alpha_pattern": {"q_proj": float("inf")}}, "S107"),
         ({"modules_to_save": ["lm_head"]}, "S106"),
         ({"layer_replication": [[0, 1], [0, 1]]}, "S106"),
         ({"target_parameters": ["q_proj.weight"]}, "S106"),
@@ -372,7 +373,6 @@ DAMAGE = [
     (put("lora_A.weight", 4, 1, 32), "not a LoRA factor"),
     (put("lora_magnitude_vector", 32), "not a LoRA factor"),
     (put("bias", 32), "not a LoRA factor"),
-    (put("weight", 32, 32), "not a LoRA factor"),
     (dict.clear, "no tensors"),
 ]
 
@@ -446,7 +446,7 @@ def test_bank_reads_no_pickle(name, bank_copy, adapter, card, tmp_path):
     (adapter / WEIGHTS).unlink()
     (adapter / name).write_bytes(pickle.dumps(Boom(tmp_path / "executed")))
     before = contents(bank_copy.path)
-    with raises("S104" if name.endswith(".bin") else "S107"):
+    with raises("S118" if name.endswith(".bin") else "S107"):
         bank_copy.add("new", adapter, card)
     assert contents(bank_copy.path) == before
     assert not (tmp_path / "executed").exists()

@@ -6,15 +6,20 @@ import numpy as np
 import pytest
 from remembering import REMEMBERED, REMEMBERED_LABELS
 
+from benchmarks.bank_scale import make_bank
+from benchmarks.compression import n_bytes, sizes
 from benchmarks.norms import matched_methods
 from benchmarks.predictions import Predictions, Target, bootstrap, f1, read_target, tallies
 from benchmarks.results_page import write_page
 from benchmarks.rows import Choice, Situation, main_rows, oracle, weighted
 from benchmarks.tune import NewDomain
 from spacy_sam import evaluate as ev
+from spacy_sam.bank import ExpertBank
+from spacy_sam.compress import compress_bank
 from spacy_sam.corpora import Record
 from spacy_sam.merge.methods import Mean
 from spacy_sam.plan import Plan, Selection, TaskModelSpec
+from spacy_sam.select.similarity import cosine
 
 
 @pytest.fixture(scope="module")
@@ -169,3 +174,21 @@ def test_page_is_written_from_results(predictions, tmp_path):
     for image in ("n_experts.svg", "sample_size.svg"):
         assert f"(img/{image})" in text
         assert (page.parent / "img" / image).read_text(encoding="utf8").lstrip().startswith("<?xml")
+
+
+def test_compression_sizes_are_those_of_the_files(remembering_bank, tmp_path):
+    small = compress_bank(remembering_bank, tmp_path / "small", 8)
+    row = sizes(remembering_bank, small, 8)
+    folders = [small.folder(card.name) for card in small.experts]
+    assert row["bytes"] == np.mean([n_bytes(folder) for folder in folders])
+    assert row["bytes/bfloat16"] == pytest.approx(2 * row["bytes/float32"], abs=1e-3)
+    assert 0 < row["error"] < 0.3
+
+
+def test_bank_of_noisy_copies_is_sound(tmp_path):
+    make_bank(tmp_path / "bank", 7)
+    bank = ExpertBank(tmp_path / "bank")
+    assert len(bank.check()) == 7
+    first, second = (bank[f"expert0000{number}"] for number in (0, 6))  # of the same original
+    assert first.domain == second.domain
+    assert 0.5 < cosine(first.centroid.array, second.centroid.array) < 1

@@ -145,7 +145,8 @@ def test_recorded_requests_are_the_components_own(causal):
     labels = [f"type {number}" for number in range(50)]
     requests, completions = pipe.recorded("Anna saw Bern.", labels)
     assert [request.text for request in requests] == ["Anna saw Bern."] * 4  # two task models, two groups of labels
-    assert [request.task_model for request in requests[::2]] == halves(causal)
+    assert [request.task_model for request in requests[::2]] == list(pipe.component.plan.versions)
+    assert [request.task_model.experts for request in requests[::2]] == [spec.experts for spec in halves(causal)]
     assert [completion.text for completion in pipe.engine.generate(requests)] == [c.text for c in completions]
     assert "generate" not in vars(pipe.engine)
 

@@ -12,13 +12,15 @@ import numpy as np
 import pytest
 import spacy
 from fakes import FakeEngine
-from helpers import ENCODER_DIMENSION
+from helpers import ENCODER_DIMENSION, save_adapter
 from spacy.tokens import DocBin
 from typer.main import get_command
 from typer.testing import CliRunner
 
+import spacy_sam.cli.apply_command
 import spacy_sam.cli.bank_commands
-import spacy_sam.cli.commands  # noqa: F401 (registers the commands)
+import spacy_sam.cli.commands
+import spacy_sam.cli.show  # noqa: F401 (registers the commands)
 from spacy_sam import evaluate as ev
 from spacy_sam.bank import ExpertBank
 from spacy_sam.cli import app
@@ -33,10 +35,13 @@ COMMANDS = [
     "merge",
     "evaluate",
     "report",
+    "apply",
     "demo",
     "bank list",
+    "bank show",
     "bank check",
     "bank add",
+    "bank compress",
     "bank remove",
 ]
 RECORDS = [
@@ -65,6 +70,7 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Run:
     """Run a command in this process, with stand-ins for the engine and the encoder."""
     monkeypatch.setattr("spacy_sam.registered.TorchEngineMaker.__call__", lambda self, bank: FakeEngine())
     monkeypatch.setattr("spacy_sam.parts.SentenceEncoder", FakeEncoder)
+    monkeypatch.setattr("spacy_sam.foreign.SentenceEncoder", FakeEncoder)
     runner = CliRunner()
 
     def run_command(*args: Any) -> Any:
@@ -126,7 +132,9 @@ def test_cli_without_command_shows_help(run, args):
     result = run(*args)
     assert result.exit_code == 2
     for command in (
-        ("list", "check", "add", "remove") if args else ("train", "select", "merge", "evaluate", "report", "demo")
+        ("list", "show", "check", "add", "compress", "remove")
+        if args
+        else ("train", "select", "merge", "evaluate", "report", "apply", "demo")
     ):
         assert command in result.output
 
@@ -397,6 +405,30 @@ def test_cli_bank_check_add_remove(run, bank_copy, tiny_bank_path):
     assert "expert0, expert2, fresh" in said(run("bank", "check", "-b", path))
 
 
+def test_cli_bank_add_of_an_adapter_made_elsewhere(run, bank_copy, corpus, tmp_path):
+    adapter = save_adapter(tmp_path / "adapter", bank_copy.path / "base", use_rslora=True)
+    add = ["bank", "add", bank_copy.path, "towns", adapter, "--domain", "towns and people", "--texts", corpus]
+    assert run(*add).exit_code == 0
+    card = ExpertBank(bank_copy.path)["towns"]
+    assert (card.domain, card.labels, card.centroid.n_texts) == ("towns and people", ("person", "place"), 3)
+    named = json.loads((adapter / "adapter_config.json").read_text(encoding="utf8"))
+    (adapter / "adapter_config.json").write_text(json.dumps({**named, "base_model_name_or_path": "some/model"}))
+    add[3] = "again"
+    result = run(*add, "-l", "town")
+    assert result.exit_code == 1
+    assert "S119" in result.output
+    assert "--same-base" in result.output
+    assert run(*add, "-l", "town", "--same-base").exit_code == 0
+    assert ExpertBank(bank_copy.path)["again"].labels == ("town",)
+
+
+def test_cli_bank_compress(run, bank_copy, tmp_path):
+    result = run("bank", "compress", bank_copy.path, tmp_path / "small", "--bits", 4)
+    assert result.exit_code == 0, result.output
+    assert re.search(r"expert1\s+0\.\d\d\d", result.output)
+    assert "expert0, expert1, expert2" in said(run("bank", "check", "-b", tmp_path / "small"))
+
+
 # What the user can mend
 
 
@@ -435,6 +467,10 @@ def problems(tmp_path: Path, bank: Path) -> Dict[str, List[Any]]:
         "S603 outside.jsonl, line 3": ["evaluate", outside, *b],
         "S603 tags.conll, line 2": ["evaluate", tags, *b],
         "S801 empty.txt": ["select", empty, *b],
+        "S802 --domain and --texts": ["bank", "add", bank, "new", bank / "experts" / "expert0", "--domain", "x"],
+        "S802 has no 'card.json'": ["bank", "add", bank, "new", bank / "experts"],
+        "S117 another folder": ["bank", "compress", bank, bank],
+        "S205 bits": ["bank", "compress", bank, tmp_path / "small", "--bits", "0"],
         "S802 Unknown rows ['everything']": ["evaluate", good, "--rows", "base,everything", *b],
     }
 

@@ -107,12 +107,12 @@ def with_engine(case: Case, make_engine: Callable[[ExpertBank], Any]) -> SamNer:
 
 
 def test_component_overlapping_candidates(make_case):
-    """More task models win over fewer, then the score does; all candidates are in the spans."""
+    """The higher score wins, then what more task models found; all candidates are in the spans."""
 
     def find(request: Request) -> List[Answer]:
         (name,) = request.task_model.experts
         return {
-            "expert0": [("Anna Bell", "person", 0.3), ("New Rome City", "place", 0.9)],
+            "expert0": [("Anna Bell", "person", 0.3), ("New Rome City", "place", 0.2)],
             "expert1": [("Anna", "person", 0.8), ("Rome", "place", 0.1)],
             "expert2": [("Rome", "place", 0.2), ("City", "person", 0.4)],
         }[name]
@@ -121,7 +121,7 @@ def test_component_overlapping_candidates(make_case):
     sam = with_engine(case, FakeEngineMaker(find))
     doc = sam(case.nlp.make_doc("Anna Bell in New Rome City"), plan=plan_of(case.bank, "expert0", "expert1", "expert2"))
     assert [span.text for span in doc.spans["sc"]] == ["Anna", "Anna Bell", "New Rome City", "Rome", "City"]
-    assert doc.spans["sc"].attrs["scores"] == pytest.approx([0.8, 0.3, 0.9, 0.2, 0.4])
+    assert doc.spans["sc"].attrs["scores"] == pytest.approx([0.8, 0.3, 0.2, 0.2, 0.4])
     assert doc.spans["sc"].attrs["sources"] == [[1], [0], [0], [1, 2], [2]]
     assert [ent.text for ent in doc.ents] == ["Anna", "Rome", "City"]
 
@@ -230,6 +230,20 @@ def test_component_existing_entities_are_overwritten(make_case):
         ("Anna", "person"),
         ("Bell", "person"),
         ("Carl", "person"),
+        ("Old", "place"),
+    ]
+
+
+def test_component_new_entities_win_over_those_they_overlap(make_case):
+    """By SpanRuler's filter of this name, without `overwrite`."""
+    nlp, sam, bank = make_case(ents_filter={"@misc": "spacy.prioritize_new_ents_filter.v1"})
+    doc = nlp.make_doc("Anna Bell met Carl the Old")
+    doc.set_ents([Span(doc, 0, 2, "OLD"), Span(doc, 4, 5, "OLD")])
+    sam(doc, plan=plan_of(bank, "expert0"))
+    assert [(ent.text, ent.label_) for ent in doc.ents] == [
+        ("Anna", "person"),
+        ("Bell", "person"),
+        ("Carl", "person"),
         ("the", "OLD"),
         ("Old", "place"),
     ]
@@ -241,7 +255,7 @@ def make_last_ent_filter() -> Any:
 
 
 def test_component_own_filter_decides(make_case):
-    nlp, sam, bank = make_case(ents_filter={"@misc": "sam_tests.last_ent_filter.v1"}, overwrite=True)
+    nlp, sam, bank = make_case(ents_filter={"@misc": "sam_tests.last_ent_filter.v1"})
     doc = nlp.make_doc("Anna Bell met Carl and Dan")
     doc.set_ents([Span(doc, 0, 2, "OLD")])
     sam(doc, plan=plan_of(bank, "expert0"))

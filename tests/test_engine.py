@@ -280,13 +280,13 @@ def test_engine_base_comes_back(bank, engine):
 # Completions
 
 
-def test_completion_score_is_the_geometric_mean():
+def test_completion_score_is_the_product():
     logprobs = tuple(math.log(p) for p in (0.5, 0.2, 0.8, 0.1))
     completion = Completion("Rome | place", logprobs, (4, 6, 12, 12), True)
     assert completion.score(0, 4) == pytest.approx(0.5)
-    assert completion.score(0, 6) == pytest.approx(math.sqrt(0.5 * 0.2))
-    assert completion.score(0, 12) == pytest.approx((0.5 * 0.2 * 0.8) ** (1 / 3)), "the end token is no part of it"
-    assert completion.score(3, 5) == pytest.approx(math.sqrt(0.5 * 0.2)), "a token counts whole"
+    assert completion.score(0, 6) == pytest.approx(0.5 * 0.2)
+    assert completion.score(0, 12) == pytest.approx(0.5 * 0.2 * 0.8), "the end token is no part of it"
+    assert completion.score(3, 5) == pytest.approx(0.5 * 0.2), "a token counts whole"
     assert completion.score(4, 6) == pytest.approx(0.2)
     assert completion.score(12, 20) == 0.0
     assert Completion("", (), (), False).score(0, 1) == 0.0

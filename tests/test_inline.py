@@ -1,5 +1,7 @@
 """The inline format: the text again with its entities marked, and where they are found in it."""
 
+import itertools
+import math
 import re
 from typing import List, Tuple
 
@@ -44,6 +46,29 @@ def test_inline_answer_is_read_back(example):
     text, spans = example
     parsed = FORMAT.parse(FORMAT.answer(text, spans), LABELS)
     assert (spans_of(parsed.mentions), parsed.n_malformed) == (spans, 0)
+
+
+@given(annotated())
+def test_inline_mentions_are_surfaces_with_their_marks(example):
+    """What a mention's score is made of: nothing of the text before it, and no part of another mention."""
+    text, spans = example
+    answer = FORMAT.answer(text, spans)
+    mentions = FORMAT.parse(answer, LABELS).mentions
+    for mention in mentions:
+        bare = re.sub("⟨ [^⟨⟩]*⟩|¦", "", answer[mention.start : mention.end])
+        assert bare == mention.surface
+        assert answer[mention.end - 1] in "⟩¦"
+    assert all(one.end <= other.start for one, other in itertools.pairwise(mentions))
+
+
+def test_inline_score_is_that_of_the_surface_and_its_marks():
+    """A token for each piece: those of the text before the entity, and after it, are not in its score."""
+    pieces = {" In": 0.5, " New": 0.9, "⟨ city⟩": 0.8, " York": 1.0, "¦": 0.7, " it": 0.6, " rains": 0.4}
+    ends = [len("".join(list(pieces)[: place + 1])) for place in range(len(pieces))]
+    completion = Completion("".join(pieces), tuple(map(math.log, pieces.values())), tuple(ends), True)
+    (mention,) = FORMAT.parse(completion.text, LABELS).mentions
+    assert mention.surface == "New York"
+    assert completion.score(mention.start, mention.end) == pytest.approx(0.9 * 0.8 * 0.7)
 
 
 @given(annotated())

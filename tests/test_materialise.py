@@ -1,12 +1,18 @@
 """Task models in a loaded model: the right weights go in, and the base comes back bit for bit."""
 
+import os
 import random
-from typing import Any, Dict, List, Mapping, Tuple
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Callable, Dict, List, Tuple
 
 import pytest
 import torch
 from helpers import load_model as load_base
 from helpers import make_card, make_tiny_bank, save_adapter
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from peft import PeftModel
 from peft.utils.merge_utils import ties as peft_ties
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
@@ -14,8 +20,10 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokeni
 from spacy_sam.adapters import Adapter, LoraFactors
 from spacy_sam.bank import ExpertBank
 from spacy_sam.errors import SamError
+from spacy_sam.merge.cache import MemoryCache, MergedCache
 from spacy_sam.merge.export import write_task_models
-from spacy_sam.merge.materialise import WeightSwitch, merged_deltas
+from spacy_sam.merge.materialise import WeightSwitch
+from spacy_sam.merge.merged import merged_deltas
 from spacy_sam.merge.methods import Mean, MergeMethod, TaskArithmetic, Ties
 from spacy_sam.plan import Plan, TaskModelSpec
 
@@ -260,16 +268,15 @@ def test_weights_are_changed_in_place(bank):
         assert all(parameter.grad_fn is None for parameter in model.parameters())
 
 
-def uses(bank: ExpertBank, n_models: float, names: str) -> Tuple[str, Mapping[str, Any]]:
+def uses(bank: ExpertBank, n_models: float, names: str) -> Tuple[str, MemoryCache]:
     """Use single experts 0, 1, 2 in the order given, with a cache of so many task models: which had to be read."""
     model, loader = load_model(bank), Loader(bank)
     size = n_touched_bytes(model, bank)
     switch = WeightSwitch(model, loader, resolve, max_cache_bytes=int(n_models * size))
     for name in names:
         switch.use(TaskModelSpec((f"expert{name}",)))
-        n_bytes = sum(weight.nbytes for weights in switch._cache.values() for weight in weights.values())
-        assert n_bytes <= n_models * size
-    return "".join(name[-1] for name in loader.loaded), switch._cache
+        assert switch.cache.n_bytes <= n_models * size
+    return "".join(name[-1] for name in loader.loaded), switch.cache
 
 
 def test_cache_is_bounded_in_bytes_and_drops_the_least_recently_used(bank):
@@ -282,6 +289,75 @@ def test_cache_is_bounded_in_bytes_and_drops_the_least_recently_used(bank):
     loaded, cache = uses(bank, 0.99, "0101")
     assert (loaded, len(cache)) == ("0101", 0)
     assert uses(bank, 0, "010")[0] == "010"
+
+
+class Versions:
+    """Experts whose weights are replaced under their names, as a bank has them."""
+
+    def __init__(self, bank: ExpertBank) -> None:
+        self.adapters = {name: bank.load_adapter(name) for name in ALL}
+        self.now = dict.fromkeys(ALL, "0")
+
+    def load(self, name: str, version: str) -> Adapter:
+        """Version 1 of an expert is three times version 0, and so on."""
+        factor = 1 + 2 * int(version)
+        matrices = self.adapters[name].matrices
+        return Adapter({key: replace(each, scale=factor * each.scale) for key, each in matrices.items()})
+
+    def adapter_hash(self, name: str) -> str:
+        return self.now[name]
+
+
+SPECS = [TaskModelSpec(), TaskModelSpec(ONE), TaskModelSpec(TWO, (), TIES), TaskModelSpec(ALL, (3, 1, 2), MEAN)]
+steps = st.one_of(
+    st.tuples(st.just("use"), st.sampled_from(SPECS)),
+    st.tuples(st.just("use version"), st.sampled_from(SPECS), st.sampled_from("012")),
+    st.tuples(st.just("replace"), st.sampled_from(ALL), st.sampled_from("012")),
+    st.just(("restore",)),
+)
+
+
+@given(
+    st.lists(steps, max_size=12),
+    st.sampled_from([torch.float32, torch.bfloat16]),
+    st.sampled_from([0, 1.5, 9]),
+    st.booleans(),
+)
+@settings(max_examples=25)
+def test_any_sequence_of_uses_and_replaced_experts(tiny_bank_path, reference_bits, sequence, dtype, cache, on_disk):
+    """The model has the weights of the versions there are now, or that the task model says, and the base exactly."""
+    bank = ExpertBank(tiny_bank_path)
+    model, versions = load_model(bank, dtype), Versions(bank)
+    with tempfile.TemporaryDirectory() as folder:
+        size = int(cache * n_touched_bytes(model, bank))
+        stored = MergedCache(Path(folder), 1 << 30, bank.base_hash) if on_disk else None
+        switch = WeightSwitch(model, versions.load, resolve, size, versions.adapter_hash, stored)
+        for do, *what in sequence:
+            if do == "replace":
+                versions.now[what[0]] = what[1]
+                continue
+            spec = TaskModelSpec() if do == "restore" else what[0]
+            hashes = dict.fromkeys(ALL, what[1]) if do == "use version" else versions.now
+            switch.restore() if do == "restore" else switch.use(spec.of_versions(hashes) if len(what) > 1 else spec)
+            assert bits(model) == reference_bits(dtype, spec.of_versions(hashes))
+        switch.restore()
+        assert bits(model) == reference_bits(dtype, TaskModelSpec())
+
+
+@pytest.fixture(scope="module")
+def reference_bits(tiny_bank_path) -> Any:
+    """The weights of a task model of these versions, made in a switch of its own; each once."""
+    bank = ExpertBank(tiny_bank_path)
+    known: Dict[Any, Dict[str, bytes]] = {}
+
+    def find(dtype: torch.dtype, spec: TaskModelSpec) -> Dict[str, bytes]:
+        if (dtype, spec.fingerprint) not in known:
+            model = load_model(bank, dtype)
+            WeightSwitch(model, Versions(bank).load, resolve).use(spec)
+            known[dtype, spec.fingerprint] = bits(model)
+        return known[dtype, spec.fingerprint]
+
+    return find
 
 
 def test_task_model_that_never_fits_drops_no_other(bank):
@@ -426,6 +502,43 @@ def test_failure_midway_restores_the_base(bank, error, n_good):
     fresh = load_model(bank)
     WeightSwitch(fresh, bank.load_adapter, resolve).use(spec)
     assert bits(model) == bits(fresh)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+@pytest.mark.parametrize("spec", [TaskModelSpec(), TaskModelSpec(ONE), TaskModelSpec(TWO, (), MEAN)], ids=str)
+def test_process_that_is_forked_midway(bank, spec):
+    """It has half of one task model and half of another: its first use makes that good."""
+    expected = load_model(bank)
+    WeightSwitch(expected, bank.load_adapter, resolve).use(spec)
+    model, codes = load_model(bank), []
+
+    class Forks(Mean):
+        def __call__(self, task_vectors, weights=None):
+            if not codes:
+                codes.append(
+                    child_code(lambda: (switch.active is None, switch.use(spec), bits(model) == bits(expected)))
+                )
+            return super().__call__(task_vectors, weights)
+
+    methods: Dict[str, List[MergeMethod]] = {"ties": [Ties(0.3)], "mean": [Forks(), Mean()]}
+    switch = WeightSwitch(model, bank.load_adapter, lambda config: methods["mean" if config == MEAN else "ties"].pop(0))
+    switch.use(TaskModelSpec(ALL, (), TIES))
+    switch.use(TaskModelSpec(ALL, (), MEAN))
+    assert codes == [0]
+    assert switch.active == TaskModelSpec(ALL, (), MEAN)
+
+
+def child_code(check: Callable[[], Tuple[Any, ...]]) -> int:
+    """How a child ends that checks something: with 0 if nothing it returns is False."""
+    pid = os.fork()
+    if not pid:
+        code = 1
+        try:
+            code = int(False in check())
+        finally:
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
 def test_weights_that_the_method_refuses(bank):

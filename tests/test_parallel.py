@@ -3,7 +3,7 @@
 import pytest
 import torch
 from helpers import make_tiny_bank
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from spacy_sam.bank import ExpertBank
@@ -118,7 +118,7 @@ def test_choices_that_take_turns_come_to_an_end(engine, monkeypatch):
         answers = decide(*args)
         rows = args[2]
         turned = [
-            [(choice + len(passes)) % len(d.allowed) for choice, d in zip(chosen, row.decisions)]
+            [(choice + len(passes)) % len(d.allowed) for choice, d in zip(chosen, row.open)]
             for row, (chosen, _) in zip(rows, answers)
         ]
         return [(chosen, scores) for chosen, (_, scores) in zip(turned, answers)]
@@ -298,6 +298,7 @@ def lines_engine(tmp_path_factory) -> TorchEngine:
     return TorchEngine(ExpertBank(path), resolve_method, device="cpu", entity_bias=1.0)
 
 
+@example(text="place, | the | |", spans=[(4, 2, "place name"), (3, 3, "person"), (6, 3, "place name")])
 @settings(max_examples=60)
 @given(
     text=st.lists(st.sampled_from(LINES_TEXT.split()), min_size=1, max_size=7).map(" ".join),

@@ -18,7 +18,7 @@ TESTS = Path(__file__).parent
 TIMEOUT = 240
 
 SCRIPT = """
-import json, multiprocessing, sys, warnings
+import json, multiprocessing, sys, threading, warnings
 import spacy, torch
 from fakes import plan_of
 from spacy_sam.bank import ExpertBank
@@ -56,6 +56,27 @@ def fork(bank):
     single = found(nlp.pipe(texts))
     multi = found(nlp.pipe(texts, n_process=2, batch_size=3))
     return {"single": single, "multi": multi, "plan": plan.fingerprint, "after": sam.plan.fingerprint}
+
+def busy(bank):
+    "Another thread holds the engine's lock, in the middle of its work, whenever workers are forked."
+    engine = {"@misc": "spacy_sam.TorchEngine.v1", "device": "cpu", "max_new_tokens": 24}
+    nlp, sam = make_nlp(bank, engine=engine, selection="manual")
+    opened = sam.bank
+    sam.plan = plan_of(opened, "expert0")
+    texts = TEXTS[:4]
+    single = found(nlp.pipe(texts))
+    other, stop = plan_of(opened, "expert1", "expert2"), threading.Event()
+
+    def annotate():
+        while not stop.is_set():
+            list(nlp.pipe(texts, component_cfg={"sam_ner": {"plan": other}}))
+
+    thread = threading.Thread(target=annotate, daemon=True)
+    thread.start()
+    multi = [found(nlp.pipe(texts, n_process=2, batch_size=2)) for _ in range(3)]
+    stop.set()
+    thread.join()
+    return {"single": single, "multi": multi, "after": found(nlp.pipe(texts))}
 
 def fakes(bank):
     nlp, sam = make_nlp(bank, **FAKES)
@@ -110,6 +131,15 @@ def test_forked_workers_do_as_one_process_does(script, remembering_bank):
     assert result["multi"]["plans"] == [result["plan"]]
     assert result["after"] == result["plan"]
     assert sum(map(len, result["multi"]["ents"])) == 3 * 6
+
+
+@fork_only
+def test_forked_workers_while_other_threads_annotate(script, tiny_bank_path):
+    """They wait for no lock of the parent's threads, and have no task model that was half-written at the fork."""
+    result = script("busy", "fork", tiny_bank_path)
+    assert result["multi"] == [result["single"]] * 3
+    assert result["after"] == result["single"]
+    assert sum(map(len, result["single"]["ents"])) > 0
 
 
 def check_fakes(result: Dict[str, Any]) -> None:

@@ -174,6 +174,7 @@ def test_labels_outlive_memory_zones(make_case):
         ("spans_key", ["", 5, ["sc"]]),
         ("annotate_ents", ["yes", 1, None]),
         ("overwrite", ["no", 0, None]),
+        ("save_bank", ["no", 1, None]),
     ],
 )
 def test_settings_out_of_range(make_case, setting, values):
@@ -236,6 +237,13 @@ def test_settings_eco_strategy():
     assert strategy.name == "SaM-eco"
     assert [selector.name for selector in strategy.selectors] == ["domain_similarity"]
     assert strategy.merge.config["@misc"] == "spacy_sam.Mean.v1"
+
+
+def test_settings_merge_method_inside_another():
+    inner = {"@misc": "spacy_sam.PCB.v1", "density": 0.2, "scale": 0.5}
+    merge = {"@misc": "spacy_sam.CoreSpace.v1", "inner": inner}
+    assert strategy_of({"merge": merge}).merge.config == merge
+    assert strategy_of({"merge": {"@misc": "spacy_sam.KnOTS.v1"}}).merge.config["density"] == 1.0
 
 
 # Serialisation

@@ -15,7 +15,8 @@ from spacy_sam.adapters import Adapter, LoraFactors
 from spacy_sam.bank import ExpertBank
 from spacy_sam.errors import SamError
 from spacy_sam.merge import streaming, thresholds
-from spacy_sam.merge.materialise import WeightSwitch, merged_deltas, merged_weights
+from spacy_sam.merge.materialise import WeightSwitch
+from spacy_sam.merge.merged import merged_deltas, merged_weights
 from spacy_sam.merge.methods import Dare, Mean, MergeMethod, TaskArithmetic, Ties, trim
 from spacy_sam.merge.thresholds import find_cuts
 from spacy_sam.merge.workers import Product, TileWorkers

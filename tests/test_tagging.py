@@ -135,14 +135,25 @@ def tags_of(types: torch.Tensor, begins: torch.Tensor, bias: float = 0.0) -> Lis
     for word in range(len(types) + 1):
         inside = word < len(types) and (types[word, 1:].logsumexp(-1) + bias > types[word, 0]).item()
         if run and not (inside and begins[word] <= 0):
-            label = types[run, 1:].mean(0).softmax(-1).max(-1)
-            is_entity = [1 - types[word].softmax(-1)[0].item() for word in run]
-            score = label.values.item() * math.prod(is_entity) ** (1 / len(run))
-            tags.append(Tag(run[0], run[-1], int(label.indices), score))
+            label = int(types[run, 1:].mean(0).argmax())
+            of_type = math.prod(types[word].softmax(-1)[1 + label].item() for word in run) ** (1 / len(run))
+            tags.append(Tag(run[0], run[-1], label, of_type * score_of_bounds(types, begins, run)))
             run = []
         if inside:
             run.append(word)
     return tags
+
+
+def score_of_bounds(types: torch.Tensor, begins: torch.Tensor, run: List[int]) -> float:
+    """The probability that an entity begins and ends where this run does."""
+    is_entity = [1 - row.softmax(-1)[0].item() for row in types]
+    goes_on = [1 - begin.sigmoid().item() for begin in begins]
+    score = math.prod(goes_on[word] for word in run[1:])
+    if run[0] > 0:
+        score *= 1 - is_entity[run[0] - 1] * goes_on[run[0]]
+    if run[-1] + 1 < len(types):
+        score *= 1 - is_entity[run[-1] + 1] * goes_on[run[-1] + 1]
+    return score
 
 
 def test_tagging_runs_of_words():
@@ -151,9 +162,22 @@ def test_tagging_runs_of_words():
     begins = torch.tensor([1.0, -1, 1, 1, 1, 1, -1])
     (tags,) = find_tags(types[None], begins[None], [len(types)])
     assert [(tag.first, tag.last, tag.label) for tag in tags] == [(0, 1, 1), (3, 3, 0), (4, 4, 0), (6, 6, 1)]
-    inside = [1 - types[word].softmax(-1)[0].item() for word in (0, 1)]
-    of_type = types[:2, 1:].mean(0).softmax(-1)[1].item()
-    assert tags[0].score == pytest.approx(of_type * math.sqrt(inside[0] * inside[1]), rel=1e-5)
+
+
+def test_tagging_score_of_hand_made_numbers():
+    """Two words, in an entity with .8 and .9 in the middle of a text, of types with equal logits."""
+
+    def word(p: float) -> List[float]:
+        return [0.0, math.log(p / (1 - p) / 2), math.log(p / (1 - p) / 2)]
+
+    types = torch.tensor([[word(0.4), word(0.8), word(0.9), word(0.3)]])
+    begins = torch.tensor([0.7, 0.5, 0.25, 0.2]).logit()[None]
+    ((tag,),) = find_tags(types, begins, [4])
+    assert (tag.first, tag.last) == (1, 2)
+    expected = math.sqrt(0.4 * 0.45) * (1 - 0.4 * 0.5) * (1 - 0.25) * (1 - 0.3 * 0.8)
+    assert tag.score == pytest.approx(expected, rel=1e-5)
+    ((shorter,),) = find_tags(types, begins, [3])  # what stands behind is padding
+    assert shorter.score == pytest.approx(expected / (1 - 0.3 * 0.8), rel=1e-5)
 
 
 @given(

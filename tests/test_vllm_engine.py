@@ -7,6 +7,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List
@@ -26,7 +27,7 @@ from spacy_sam.generate.lark import write_grammar
 from spacy_sam.generate.torch_engine import TorchEngine
 from spacy_sam.generate.vllm_engine import VLLMEngine
 from spacy_sam.merge.methods import Mean, Ties
-from spacy_sam.plan import TaskModelSpec
+from spacy_sam.plan import Plan, TaskModelSpec
 from spacy_sam.registered import make_vllm_engine, resolve_method
 
 BASE, ONE = TaskModelSpec(), TaskModelSpec(("expert1",))
@@ -263,6 +264,54 @@ def test_cache_knows_experts_by_their_content(bank_copy, make, tmp_path):
     make(bank_copy, cache=str(cache)).generate([Request(ONE, LABELS, "Hi")])
     assert len(list(cache.iterdir())) == 2
     assert first in cache.iterdir()
+
+
+def replaced(bank: ExpertBank, folder: Path, seed: int) -> None:
+    """Another `expert1` takes the place of the first."""
+    bank.remove("expert1")
+    bank.add("expert1", save_adapter(folder / str(seed), bank.base[0], seed=seed), make_card(bank, 1))
+
+
+@pytest.mark.parametrize("held", [True, False])
+@pytest.mark.parametrize("merged_before", [True, False])
+def test_running_engine_knows_versions(bank_copy, make, log, tmp_path, held, merged_before):
+    """A version that is gone from the bank is served from its folder, or merged from memory as long as somebody holds it."""
+    engine = make(bank_copy)
+    plan = Plan(bank_copy.base_hash, (ONE,), {"expert1": bank_copy.adapter_hash("expert1")})
+    adapters = bank_copy.hold(plan) if held else None
+    torch_engine = TorchEngine(bank_copy, resolve_method, device="cpu")
+    torch_engine.switch.use(ONE)
+    old = [Request(plan.versions[0], LABELS, "Hi")]
+    if merged_before:
+        engine.generate(old)
+    replaced(bank_copy, tmp_path, 77)
+    engine.generate([Request(ONE, LABELS, "Hi")])
+    if not (held or merged_before):
+        with pytest.raises(SamError) as caught:
+            engine.generate(old)
+        assert caught.value.code == "S413"
+        return
+    engine.generate(old)
+    loads = [event for event in log() if event["do"] in ("load", "reload_weights")]
+    folders = [event["settings"]["model"] if event["do"] == "load" else event["weights_path"] for event in loads]
+    assert len(set(folders)) == 2
+    weights = load_file(Path(folders[-1]) / "model.safetensors")
+    assert all(torch.equal(weights[name], value) for name, value in torch_engine.model.named_parameters())
+    assert adapters is None or "expert1" in adapters
+
+
+def test_threads_share_an_engine(engine):
+    """One at a time asks the worker: answers are not mixed up."""
+    expected = engine.generate(mixture())
+    found: List[Any] = []
+    threads = [threading.Thread(target=lambda: found.append(engine.generate(mixture()))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    assert len(found) == 4
+    for answers in found:
+        assert [answer.text for answer in answers] == [answer.text for answer in expected]
 
 
 def test_half_a_task_model_is_not_kept(make, tmp_path, monkeypatch):

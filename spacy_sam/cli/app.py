@@ -1,6 +1,7 @@
 """The Typer application and what all commands share.
 
-Exit codes: 0 all went well; 1 something the user can mend (a coded error); 2 wrong usage.
+Exit codes: 0 all went well; 1 something the user can mend (a coded error); 2 wrong usage; 3 `apply` has finished, with
+problems that it reported.
 """
 
 import os
@@ -97,6 +98,6 @@ def engine_on(device: Optional[str]) -> Dict[str, Any]:
 
 def main() -> None:
     """Entry point of the `spacy-sam` script."""
-    from . import bank_commands, commands  # noqa: F401 (registers the commands)
+    from . import apply_command, bank_commands, commands, show  # noqa: F401 (registers the commands)
 
     app(prog_name="spacy-sam")

@@ -8,7 +8,7 @@ import typer
 from wasabi import msg
 
 from ..errors import SamError
-from .app import BankOption, bank_app, mendable
+from .app import BankOption, bank_app, mendable, split
 
 
 @bank_app.command("list")
@@ -49,22 +49,80 @@ def bank_check(bank: Optional[Path] = BankOption) -> None:
 def bank_add(
     bank: Path = typer.Argument(..., help="Bank folder."),
     name: str = typer.Argument(..., help="Name of the expert."),
-    adapter: Path = typer.Argument(..., help="PEFT adapter folder with a card.json, as in another bank."),
+    adapter: Path = typer.Argument(
+        ..., help="PEFT adapter folder; with a card.json, as in another bank, nothing more is needed."
+    ),
+    domain: Optional[str] = typer.Option(None, help="Of an adapter made elsewhere: what it knows, in words."),
+    texts: Optional[Path] = typer.Option(None, help="Texts of that domain, best those it was trained on."),
+    labels: Optional[str] = typer.Option(
+        None, "--labels", "-l", help="The types it knows. Default: those annotated in the texts."
+    ),
+    encoder: Optional[str] = typer.Option(None, help="Path of the bank's sentence encoder, if not found by name."),
+    same_base: bool = typer.Option(
+        False, "--same-base", help="It was trained on this bank's base, whatever its config names."
+    ),
 ) -> None:
     """Add an expert to a bank. No other expert is touched.
 
-    Example: python -m spacy sam bank add bank/ chemistry other_bank/experts/chemistry
+    Example: python -m spacy sam bank add bank/ chemistry adapter/ --domain chemistry --texts chemistry.jsonl
     """
     from ..bank import CARD_FILE, ExpertBank
+    from ..foreign import import_adapter
     from ..plan import Expert, from_json
 
     with mendable():
         path = adapter / CARD_FILE
-        if not path.is_file():
+        if domain is not None and texts is not None:
+            import_adapter(
+                ExpertBank(bank),
+                name,
+                adapter,
+                domain=domain,
+                texts=texts,
+                labels=split(labels),
+                encoder=encoder,
+                same_base=same_base,
+            )
+        elif domain or texts or labels or encoder or same_base:
+            raise SamError("S802", problem="An adapter made elsewhere needs both --domain and --texts.")
+        elif adapter.is_dir() and not path.is_file():
+            problem = f"{adapter} has no '{CARD_FILE}'. Give --domain and --texts, and one is made."
+            raise SamError("S802", problem=problem)
+        elif not path.is_file():
             raise SamError("S104", name=name, path=path)
-        card = from_json(Expert, _read_json(path), "S102", path=path)
-        ExpertBank(bank).add(name, adapter, card)
+        else:
+            card = from_json(Expert, _read_json(path), "S102", path=path)
+            ExpertBank(bank).add(name, adapter, card)
         msg.good(f"'{name}' is in {bank}")
+
+
+@bank_app.command("compress")
+def bank_compress(
+    bank: Path = typer.Argument(..., help="Bank folder."),
+    out: Path = typer.Argument(..., help="Folder of the new bank."),
+    bits: float = typer.Option(2, help="Bits for each number of an adapter: 1, 2 or 4; it has 16 or 32 in PEFT files."),
+    share_base: bool = typer.Option(False, "--share-base", help="Refer to the base in BANK and do not copy it."),
+) -> None:
+    """Write a bank whose adapters take a fraction of the space, and lose a little. BANK stays as it is.
+
+    Example: python -m spacy sam bank compress bank/ small_bank/ --bits 2
+    """
+    from ..bank import ExpertBank
+    from ..compress import compress_bank
+
+    with mendable():
+        rows = []
+        new = compress_bank(
+            ExpertBank(bank),
+            out,
+            bits,
+            share_base=share_base,
+            report=lambda name, compressed: rows.append((name, f"{compressed.head.error:.3f}")),
+        )
+        msg.table(rows, header=("name", "relative error"), divider=True, aligns=("l", "r"))
+        msg.good(
+            f"{len(rows)} adapters are in {new.path}. They have no dev scores: measure them with `spacy sam evaluate`."
+        )
 
 
 @bank_app.command("remove")

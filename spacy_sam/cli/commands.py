@@ -1,6 +1,7 @@
 """The commands. Each one reads its arguments, calls the package, prints."""
 
 import json
+from enum import Enum
 from pathlib import Path
 from typing import Any, Dict, List, Optional
 
@@ -27,6 +28,13 @@ DeviceOption = typer.Option(None, "--device", "-d", help="cpu, cuda, cuda:1, mps
 NumberOption = typer.Option(3, min=1, help="Experts of a task model.")
 DensityOption = typer.Option(DENSITY, min=0.0, max=1.0, help="TIES: share of each task vector that is kept.")
 ScaleOption = typer.Option(SCALE, help="TIES: factor of the merged task vector.")
+
+
+class Form(str, Enum):
+    """What a task model is written as."""
+
+    MODEL = "model"
+    ADAPTER = "adapter"
 
 
 @app.command("train", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
@@ -96,10 +104,14 @@ def merge_cli(
     plan: Path = typer.Argument(..., help="Plan from `sam select`."),
     out: Path = typer.Argument(..., help="Folder for the merged models."),
     bank: Optional[Path] = BankOption,
-    dtype: Optional[str] = typer.Option(None, help="float32, bfloat16 or float16. Default: as the base is stored."),
-    max_shard_size: float = typer.Option(5.0, min=0.000001, help="Gigabytes of weights in a file."),
+    form: Form = typer.Option(Form.MODEL, "--as", help="Whole models, or PEFT adapters (merges of low rank only)."),
+    pad_rank: bool = typer.Option(False, "--pad-rank", help="Adapters: fill the rank up to a max_lora_rank of vLLM."),
+    dtype: Optional[str] = typer.Option(
+        None, help="Models: float32, bfloat16, float16. Default: as the base is stored."
+    ),
+    max_shard_size: float = typer.Option(5.0, min=0.000001, help="Models: gigabytes of weights in a file."),
 ) -> None:
-    """Write each task model of a plan as a plain model folder that transformers loads, tensor by tensor.
+    """Write each task model of a plan: as a model folder that transformers loads, or as an adapter of the base.
 
     Example: python -m spacy sam merge plan.json merged/
     """
@@ -107,12 +119,17 @@ def merge_cli(
 
     from ..bank import ExpertBank, bundled_bank_path
     from ..generate.devices import resolve_dtype
+    from ..merge.adapter_export import write_task_adapters
     from ..merge.export import write_task_models
     from ..plan import Plan
     from ..registered import resolve_method
 
     with mendable():
         opened = ExpertBank(bank or bundled_bank_path())
+        if form is Form.ADAPTER:
+            for folder, spec in write_task_adapters(opened, Plan.from_disk(plan), out, resolve_method, pad_rank):
+                msg.good(f"{spec.name}: {folder}")
+            return
         number_format = resolve_dtype(dtype, torch.device("cpu")) if dtype else None
         n_bytes = int(max_shard_size * 1e9)
         for folder, spec in write_task_models(

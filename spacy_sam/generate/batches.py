@@ -2,7 +2,7 @@
 
 import copy
 import inspect
-from typing import Any, List, Optional, Protocol, Sequence, Tuple
+from typing import Any, Optional, Protocol, Sequence, Tuple
 
 import torch
 from torch import Tensor
@@ -126,8 +126,9 @@ def pad_left(bodies: Sequence[Sequence[int]], n_prefix: int, device: Any) -> Tup
 
 def pad_right(rows: Sequence[Sequence[int]], device: Any, value: int = 0) -> Tuple[Tensor, Tensor]:
     """Rows [n, width] padded on the right with a value, and their mask."""
-    tensors: List[Tensor] = [torch.tensor(row, dtype=torch.long) for row in rows]
-    padded = torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=value)
-    lengths = torch.tensor([len(row) for row in rows])
-    mask = (torch.arange(padded.shape[1]) < lengths[:, None]).long()
-    return padded.to(device), mask.to(device)
+    lengths = [len(row) for row in rows]
+    width = max(lengths)
+    # One tensor of all rows: making one of each takes longer than some forward passes.
+    padded = torch.tensor([[*row, *[value] * (width - length)] for row, length in zip(rows, lengths)])
+    mask = (torch.arange(width) < torch.tensor(lengths)[:, None]).long()
+    return padded.to(device=device, dtype=torch.long), mask.to(device)

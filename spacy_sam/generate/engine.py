@@ -1,8 +1,9 @@
 """The protocol of generation engines: requests in, completions out."""
 
 import math
-from typing import List, NamedTuple, Protocol, Sequence, Tuple, runtime_checkable
+from typing import Dict, List, NamedTuple, Protocol, Sequence, Tuple, runtime_checkable
 
+from ..bank import ExpertBank
 from ..plan import TaskModelSpec
 
 
@@ -29,15 +30,17 @@ class Completion(NamedTuple):
     finished: bool
 
     def score(self, start: int, end: int) -> float:
-        """Geometric mean of the probabilities of the tokens that make up `text[start:end]`, between 0 and 1."""
+        """The probability of `text[start:end]` after what comes before: the product over its tokens, between 0 and 1."""
         begins = (0, *self.ends[:-1])
         inside = [lp for lp, b, e in zip(self.logprobs, begins, self.ends) if b < end and e > start]
-        return math.exp(sum(inside) / len(inside)) if inside else 0.0
+        return math.exp(min(sum(inside), 0.0)) if inside else 0.0
 
 
 @runtime_checkable
 class Engine(Protocol):
-    """Generates completions; runs requests in any order inside and answers in the order given.
+    """Generates completions; runs requests in any order inside and answers in the order given. Threads may share one.
+
+    Task models are told apart by the versions of their experts, which requests of a plan say; see `of_versions`.
 
     context: Tokens that prompt and answer may have together.
     """
@@ -55,3 +58,16 @@ class Engine(Protocol):
     def prompt_length(self, labels: Sequence[str]) -> int:
         """Tokens of a prompt for these labels with an empty text."""
         ...
+
+
+def of_versions(requests: Sequence[Request], bank: ExpertBank) -> List[Request]:
+    """Requests whose task models say the versions of their experts: the bank's, unless they said them already.
+
+    RAISES: SamError S108 if an expert is not in the bank.
+    """
+    found: Dict[int, TaskModelSpec] = {}
+    for request in requests:
+        spec = request.task_model
+        if id(spec) not in found:
+            found[id(spec)] = bank.of_versions(spec)
+    return [request._replace(task_model=found[id(request.task_model)]) for request in requests]

@@ -52,8 +52,18 @@ class Guess(Protocol):
         """Make tokens and decisions of what is guessed."""
         ...
 
+    @property
+    def open(self) -> List[Decision]:
+        """The decisions that are not for good."""
+        ...
+
+    @property
+    def start(self) -> int:
+        """The token after the last decision that is for good: those before it do not change any more."""
+        ...
+
     def settle(self, chosen: Sequence[int], scores: Sequence[float]) -> bool:
-        """Take over what the model decides at each decision. RETURNS (bool): Whether the answer was right already."""
+        """Take over what the model decides at each open decision. RETURNS (bool): Whether the answer was right already."""
         ...
 
 
@@ -67,15 +77,24 @@ class _Settling(ABC):
     logprobs: List[float] = field(default_factory=list)
     settled: List[float] = field(default_factory=list)
 
+    @property
+    def open(self) -> List[Decision]:
+        return self.decisions[len(self.settled) :]
+
+    @property
+    def start(self) -> int:
+        done = self.decisions[: len(self.settled)]
+        return done[-1].place + 1 if done else 0
+
     def settle(self, chosen: Sequence[int], scores: Sequence[float]) -> bool:
         """See `Guess`.
 
         What was decided after right decisions alone is not asked again: rounding differs with the shapes of a batch, and two
         choices that are as good as equal could take turns for ever.
         """
-        done = len(self.settled)
-        chosen = [*(decision.guess for decision in self.decisions[:done]), *chosen[done:]]
-        scores = [*self.settled, *scores[done:]]
+        done = self.decisions[: len(self.settled)]
+        chosen = [*(decision.guess for decision in done), *chosen]
+        scores = [*self.settled[: len(done)], *scores]
         wrong = [at for at, decision in enumerate(self.decisions) if chosen[at] != decision.guess]
         if not wrong:
             self.logprobs = [0.0] * len(self.tokens)
@@ -236,7 +255,8 @@ class LinesGuess(_Settling):
     def _mend_line(self, before: Sequence[Line], line: Line, depth: int, token: int) -> Line:
         """A whole line that begins as this one does up to the wrong token, and goes on with the right one."""
         begin = [*(*line.surface, *line.label)[:depth], token]
-        for n in (len(line.surface), depth):
+        # The text may hold what separates surface and label, so that the surface ends before the guessed one does.
+        for n in (len(line.surface), *range(depth, 0, -1)):
             ending = tuple(begin[n:])
             if ending and _leads_to(self.labels, ending) and self._after(before, begin[:n]).at_word_end:
                 label = line.label if line.label[: len(ending)] == ending else _path(self.labels, ending)

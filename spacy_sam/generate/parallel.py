@@ -24,33 +24,33 @@ def decode(model: Any, passes: Passes, guesses: Sequence[Guess], entity_bias: fl
     guesses (Sequence[Guess]): One for each row; they are changed. Log-probabilities do not have the bias in them.
     entity_bias (float): Added to the logit of beginning an entity.
     """
-    active = list(range(len(guesses)))
+    active = list(guesses)
     while active:
-        rows = [guesses[number] for number in active]
-        for row in rows:
-            row.write()
-        answers = _decide(model, passes, rows, entity_bias)
-        going_on = [place for place, (row, answer) in enumerate(zip(rows, answers)) if not row.settle(*answer)]
+        for guess in active:
+            guess.write()
+        answers = _decide(model, passes, active, entity_bias)
+        going_on = [place for place, (guess, answer) in enumerate(zip(active, answers)) if not guess.settle(*answer)]
         if len(going_on) < len(active):
             passes.keep(torch.tensor(going_on, dtype=torch.long, device=model.device))
             active = [active[place] for place in going_on]
 
 
 def _decide(
-    model: Any, passes: Passes, rows: Sequence[Guess], entity_bias: float
+    model: Any, passes: Passes, guesses: Sequence[Guess], entity_bias: float
 ) -> List[Tuple[List[int], List[float]]]:
-    """For each row, the best choice at each of its decisions and its log-probability."""
-    flat = [(number, decision) for number, row in enumerate(rows) for decision in row.decisions]
+    """For each guess, the best choice at each of its open decisions and its log-probability."""
+    flat = [(row, decision) for row, guess in enumerate(guesses) for decision in guess.open]
     if not flat:
-        return [([], []) for _ in rows]
-    hidden = passes.hidden([row.tokens for row in rows])
-    at = torch.tensor([[number, decision.place] for number, decision in flat], device=hidden.device)
+        return [([], []) for _ in guesses]
+    starts = [guess.start for guess in guesses]
+    hidden = passes.hidden([guess.tokens for guess in guesses], starts)
+    at = torch.tensor([[row, decision.place - starts[row]] for row, decision in flat], device=hidden.device)
     allowed, _ = pad_right([decision.allowed for _, decision in flat], hidden.device, -1)
     opens, _ = pad_right([decision.opens for _, decision in flat], hidden.device)
     logits = allowed_logits(model, hidden[at[:, 0], at[:, 1]], allowed)
     best, scores = best_allowed(logits, opens, entity_bias)
     chosen, values = iter(best.tolist()), iter(scores.tolist())
-    return [([next(chosen) for _ in row.decisions], [next(values) for _ in row.decisions]) for row in rows]
+    return [([next(chosen) for _ in guess.open], [next(values) for _ in guess.open]) for guess in guesses]
 
 
 def best_allowed(logits: Tensor, opens: Tensor, entity_bias: float) -> Tuple[Tensor, Tensor]:
@@ -90,21 +90,23 @@ def can_decode(model: Any) -> bool:
         return False
     ids = torch.tensor([[decoder_start(model)]], device=model.device)
     whole = model(input_ids=ids, decoder_input_ids=ids, use_cache=False).logits[0]
-    return _same(model, Seq2SeqPasses(model, ids.tolist()).hidden([[0]])[0], whole)
+    return _same(model, Seq2SeqPasses(model, ids.tolist()).hidden([[0]], [0])[0], whole)
 
 
 def _causal_can(model: Any) -> bool:
     from transformers import DynamicCache
     from transformers.cache_utils import DynamicLayer
 
-    ids = torch.tensor([[model.config.eos_token_id or 0] * 2], device=model.device)
-    ids = ids if ids.dim() == 2 else ids[..., 0]
+    ids = torch.arange(8, device=model.device)[None] % model.get_output_embeddings().weight.shape[0]
     cache = DynamicCache(config=model.config)
     whole = model(input_ids=ids, use_cache=True, **{cache_argument(model): cache}).logits[0]
     if any(type(layer) is not DynamicLayer for layer in cache.layers):  # sliding windows forget what lies before
         return False
     passes = CausalPasses(model, DynamicCache(config=model.config), 0, ids[:, :1].tolist())
-    return _same(model, passes.hidden([ids[0].tolist()])[0], whole)
+    (answer,) = ids[:, 1:].tolist()
+    first = passes.hidden([[*answer[:3], *reversed(answer[3:])]], [0])[0, :4]
+    mended = passes.hidden([answer], [3])[0]  # behind what was read and does not hold any more
+    return _same(model, torch.cat([first[:3], mended]), whole[:-1])
 
 
 def _same(model: Any, hidden: Tensor, logits: Tensor) -> bool:

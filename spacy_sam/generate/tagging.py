@@ -12,7 +12,7 @@ from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
+from torch.nn.functional import logsigmoid, pad
 from torch.nn.utils.rnn import pad_sequence
 
 from ..errors import SamError
@@ -21,6 +21,7 @@ from .constrain import InlineGrammar
 from .engine import Completion
 
 Spans = List[Tuple[int, int]]
+LEAST_SCORE = 1e-12
 NEVER = -1e4  # a logit of what is not asked, that can be added up
 N_SINGLE = 2  # outputs that are no part of a query or key: no entity, and beginning one
 
@@ -136,15 +137,17 @@ def _means(sums: Tensor, spans: Tensor) -> Tensor:
 def find_tags(types: Tensor, begins: Tensor, n_words: Sequence[int], entity_bias: float = 0.0) -> List[List[Tag]]:
     """The entities of each text, greedily: runs of words that are rather of some type than none, cut where a word begins anew.
 
-    A run has the type with the highest mean logit. Its score is the probability of that type, given that it is an entity, times
-    the geometric mean of the probabilities that its words are in one.
+    A run has the type with the highest mean logit. Its score is the product of
+    1. the geometric mean of the probabilities that its words are of that type;
+    2. the probability that it is cut from the words around it: 1 - P(the word before is in an entity) * P(the first word does not
+       begin one), and 1 - P(the word behind is in an entity) * P(it does not begin one); at the ends of the text 1;
+    3. the probability that none of its words but the first begins an entity.
 
     types (Tensor): [rows, words, 1 + labels], the first column for no entity. begins (Tensor): [rows, words].
     n_words (Sequence[int]): How many words each row has.
     entity_bias (float): Added to the logit of every type where it is decided whether there is an entity, not to scores.
     RETURNS (List[List[Tag]]): In order, apart from each other.
     """
-    inside = types.log_softmax(-1)[..., 1:].logsumexp(-1)
     is_entity = (types[..., 1:].logsumexp(-1) + entity_bias > types[..., 0]).tolist()
     is_begin = (begins > 0).tolist()
     runs = [
@@ -155,11 +158,32 @@ def find_tags(types: Tensor, begins: Tensor, n_words: Sequence[int], entity_bias
     tags: List[List[Tag]] = [[] for _ in n_words]
     if runs:
         spans = torch.tensor(runs, device=types.device)
-        of_type = _run_means(types[..., 1:].clamp_min(NEVER), spans).log_softmax(-1).max(-1)
-        scores = (of_type.values + _run_means(inside[..., None], spans)[:, 0]).clamp_max(0).exp()
+        of_type = _run_means(types.log_softmax(-1)[..., 1:].clamp_min(NEVER), spans).max(-1)
+        bounds = _log_bounds(types, begins, torch.tensor(n_words, device=types.device), spans)
+        scores = (of_type.values + bounds).clamp_max(0).exp()
         for (row, first, last), label, score in zip(runs, of_type.indices.tolist(), scores.tolist()):
             tags[row].append(Tag(first, last, label, score))
     return tags
+
+
+def _log_bounds(types: Tensor, begins: Tensor, n_words: Tensor, spans: Tensor) -> Tensor:
+    """Natural logarithm of what bounds add to the scores of some runs, [spans]: 2 and 3 of `find_tags`.
+
+    types and begins (Tensor): See `find_tags`. n_words (Tensor): [rows]. spans (Tensor): Row, first and last word, [spans, 3].
+    """
+    rows, firsts, lasts = spans.unbind(-1)
+    inside = types.log_softmax(-1)[..., 1:].logsumexp(-1)
+    no_begin = logsigmoid(-begins)
+    before, behind = (firsts - 1).clamp_min(0), (lasts + 1).clamp_max(types.shape[1] - 1)
+    starts = _log_rest(inside[rows, before] + no_begin[rows, firsts]).masked_fill(firsts == 0, 0)
+    ends = _log_rest(inside[rows, behind] + no_begin[rows, behind]).masked_fill(lasts + 1 >= n_words[rows], 0)
+    whole = (lasts + 1 - firsts) * _run_means(no_begin[..., None], spans)[:, 0] - no_begin[rows, firsts]
+    return starts + ends + whole
+
+
+def _log_rest(logs: Tensor) -> Tensor:
+    """log(1 - exp(logs)), not below that of 1e-9."""
+    return torch.log((1 - logs.double().exp()).clamp_min(1e-9)).float()
 
 
 def _runs(is_entity: Sequence[bool], is_begin: Sequence[bool]) -> Spans:
@@ -182,15 +206,16 @@ def _run_means(values: Tensor, spans: Tensor) -> Tensor:
 
 
 def write_answer(shown: str, row: TagRow, tags: Sequence[Tag], labels: Sequence[str]) -> Completion:
-    """An inline answer with these entities. What a parser takes for an entity, from the mark before it on, has its score."""
+    """An inline answer with these entities. What a parser takes for an entity, surface and marks, has its score."""
     pieces: List[Tuple[str, float]] = []
     before, done = " ", 0
     for tag in tags:
-        score = math.log(max(tag.score, 1e-9))
+        score = math.log(max(tag.score, LEAST_SCORE))
         start, end = row.characters[tag.first][0], row.characters[tag.last][1]
         ends = [at for at in range(start + 1, end + 1) if ends_word(shown, at)]
-        pieces.append((f"{before}{shown[done : ends[0]]}⟨ {labels[tag.label]}⟩", score))
-        pieces += [(f"{shown[one:next_]}¦", score) for one, next_ in itertools.pairwise(ends)]
+        pieces.append((before + shown[done:start], 0.0))
+        pieces.append((f"{shown[start : ends[0]]}⟨ {labels[tag.label]}⟩", score))
+        pieces += [(f"{shown[one:next_]}¦", 0.0) for one, next_ in itertools.pairwise(ends)]
         before, done = "", ends[-1]
     pieces.append((before + shown[done:], 0.0))
     text = "".join(piece for piece, _ in pieces)

@@ -1,12 +1,15 @@
 """Greedy generation on a transformers model: batched by length, shared prefix encoded once, finished rows dropped."""
 
 import logging
+from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 
 from ..bank import ExpertBank
 from ..errors import SamError
+from ..locks import ProcessLock
+from ..merge.cache import MergedCache
 from ..merge.materialise import WeightSwitch
 from ..merge.methods import MergeMethod
 from ..models import auto_model, is_tagger
@@ -17,7 +20,7 @@ from . import parallel, steps
 from .answers import answer_limit, read_completion
 from .batches import Batch, CausalBatch, Seq2SeqBatch, causal_step
 from .devices import end_ids, resolve_device, resolve_dtype
-from .engine import Completion, Request
+from .engine import Completion, Request, of_versions
 from .grammars import make_grammar, make_guess
 from .passes import CausalPasses, Passes, Seq2SeqPasses
 from .tagging import TagEncoder, TagRow, find_tags, tag_batch, tag_logits, write_answer
@@ -26,6 +29,7 @@ logger = logging.getLogger("spacy_sam")
 MAX_PREFIXES = 32  # kept at a time, for pipelines that change their labels often
 MAX_ROWS = 1000  # tokenised prompts kept from call to call, for other task models
 MAX_GUESSES = 10_000  # answers kept from call to call, as first guesses of other task models
+GIB = 1 << 30
 
 
 class _Row(NamedTuple):
@@ -51,7 +55,10 @@ class _Group(NamedTuple):
 
 
 class TorchEngine:
-    """Runs the task models of one bank on one device. The base is loaded once; task models are switched in place."""
+    """Runs the task models of one bank on one device. The base is loaded once; task models are switched in place.
+
+    Threads may share an engine: one at a time switches and generates.
+    """
 
     def __init__(
         self,
@@ -65,6 +72,9 @@ class TorchEngine:
         local_files_only: bool = False,
         constrained: bool = True,
         entity_bias: Optional[float] = None,
+        cache_bytes: int = GIB,
+        cache_dir: Optional[str] = None,
+        cache_dir_bytes: int = 64 * GIB,
     ) -> None:
         """Load the base of a bank.
 
@@ -79,13 +89,18 @@ class TorchEngine:
         entity_bias (Optional[float]): Added to the logit of beginning an entity, under a grammar, or to that of every word, in a
             tagger: more finds more entities and more wrong ones. None for the bank's own, which was chosen on its dev
             sets. Scores are without it.
-        RAISES: SamError S501 to S503 if device, dtype or base cannot be used; S110 if the base was changed.
+        cache_bytes (int): Memory on the device for merged weights of the task models used last.
+        cache_dir (Optional[str]): Folder for merged weights, which later runs and other processes then find; None for none.
+        cache_dir_bytes (int): The most bytes in that folder; what was used longest ago goes first.
+        RAISES: SamError S501 to S503 if device, dtype or base cannot be used; S110 if the base was changed; S414 for a cache_dir
+            that cannot be used.
         """
         from transformers import AutoTokenizer
 
         self.bank = bank
         self.device = resolve_device(device)
         torch_dtype = resolve_dtype(dtype, self.device)
+        stored = None if cache_dir is None else MergedCache(Path(cache_dir), cache_dir_bytes, bank.base_hash)
         source, revision = bank.base
         bank.check_base()
         kwargs: Dict[str, Any] = {"revision": revision, "local_files_only": local_files_only}
@@ -102,11 +117,15 @@ class TorchEngine:
         self.grammar = make_grammar(self.encoder) if constrained and self.tagger is None else None
         self.parallel = self.grammar is not None and parallel.can_decode(self.model)
         self.entity_bias = bank.entity_bias if entity_bias is None else entity_bias
-        self.switch = WeightSwitch(self.model, bank.load_adapter, resolve)
+        if stored is not None:
+            commit = getattr(self.model.config, "_commit_hash", None)  # of a base from a hub
+            stored.base = f"{bank.base_hash} {commit}"
+        self.switch = WeightSwitch(self.model, bank.load_adapter, resolve, cache_bytes, bank.adapter_hash, stored)
         self.context = int(self.model.config.max_position_embeddings)
         self.max_new_tokens = max_new_tokens
         self.tokens_per_batch = tokens_per_batch
         self.end_ids = end_ids(self.model, tokenizer)
+        self._lock = ProcessLock(at_rest=True)
         self._prefixes: Dict[Tuple[str, Tuple[str, ...]], Any] = {}
         self._rows: Dict[Tuple[Tuple[str, ...], str], _Row] = {}
         self._guesses: Dict[Tuple[Tuple[str, ...], str], Any] = {}
@@ -129,7 +148,12 @@ class TorchEngine:
 
         requests (Sequence[Request]): In any mixture; those of one task model and label set are run together.
         RETURNS (List[Completion]): In the order given.
+        RAISES: SamError S413 if the version of an expert that is asked is not in the bank any more, and nobody holds it.
         """
+        with self._lock.held():
+            return self._generate(of_versions(requests, self.bank))
+
+    def _generate(self, requests: Sequence[Request]) -> List[Completion]:
         # Between calls alone, so that all task models of a large call find what the first one made.
         if len(self._rows) > MAX_ROWS:
             self._rows.clear()
@@ -165,6 +189,10 @@ class TorchEngine:
         RAISES: SamError S505 if the context holds no prompt that long and an answer, S507 if the base is a tagger and a prompt is
             not in the bank's own format.
         """
+        with self._lock.held():
+            return self._complete(self.bank.of_versions(task_model), prompts)
+
+    def _complete(self, task_model: TaskModelSpec, prompts: Sequence[str]) -> List[Completion]:
         asked = [self._read(task_model, prompt) for prompt in prompts]
         if self.tagger is not None and None in asked:
             raise SamError("S507")

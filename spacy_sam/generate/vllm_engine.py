@@ -17,6 +17,7 @@ from typing import IO, Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 from ..bank import ExpertBank
 from ..errors import SamError
+from ..locks import ProcessLock
 from ..merge.folders import TaskModelFolders
 from ..merge.methods import MergeMethod
 from ..models import is_tagger
@@ -24,7 +25,7 @@ from ..plan import TaskModelSpec
 from ..prompts import PromptEncoder, make_format
 from .answers import answer_limit, read_completion
 from .devices import DTYPES, end_ids
-from .engine import Completion, Request
+from .engine import Completion, Request, of_versions
 from .grammars import make_grammar
 from .lark import bias_logits, write_grammar
 
@@ -35,7 +36,10 @@ N_LINES = 20  # lines of them that it shows
 
 
 class VLLMEngine:
-    """Runs the task models of one bank on vLLM: one at a time, each from a folder of merged weights, switched in place."""
+    """Runs the task models of one bank on vLLM: one at a time, each from a folder of merged weights, switched in place.
+
+    Threads may share an engine: one at a time switches and generates.
+    """
 
     def __init__(
         self,
@@ -82,6 +86,7 @@ class VLLMEngine:
         self._python = python or sys.executable
         self._pid = os.getpid()
         self._folders = TaskModelFolders(bank, resolve, self._cache(cache), max_task_models)
+        self._lock = ProcessLock()
         self._active: Optional[str] = None
         self._worker: Optional[Worker] = Worker(self._python)
 
@@ -113,6 +118,10 @@ class VLLMEngine:
         """
         if os.getpid() != self._pid:
             raise SamError("S511")
+        with self._lock.held():
+            return self._generate(of_versions(requests, self.bank))
+
+    def _generate(self, requests: Sequence[Request]) -> List[Completion]:
         groups: Dict[str, List[int]] = {}
         for place, request in enumerate(requests):
             groups.setdefault(request.task_model.fingerprint, []).append(place)
@@ -123,11 +132,12 @@ class VLLMEngine:
         return [done[place] for place in range(len(requests))]
 
     def close(self) -> None:
-        """End the worker. The next request starts another one."""
-        self._active = None
-        if self._worker is not None:
-            self._worker.close()
-        self._worker = None
+        """End the worker, when it has done what it does. The next request starts another one."""
+        with self._lock.held():
+            self._active = None
+            if self._worker is not None:
+                self._worker.close()
+            self._worker = None
 
     def _complete(self, requests: Sequence[Request]) -> List[Completion]:
         """Complete requests of one task model."""

@@ -8,7 +8,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..bank import read_header
+from ..bases import read_header
 from ..errors import SamError
 from ..models import auto_model
 from ..quiet import quiet_loading

@@ -18,8 +18,10 @@ from ..bank import ExpertBank
 from ..errors import SamError
 from ..plan import Plan, TaskModelSpec
 from .base_files import BaseFiles, skeleton
-from .materialise import check_mergeable, merged_weights, tied_names
-from .methods import Mean, MergeMethod
+from .factors import Method
+from .materialise import fit
+from .merged import merged_weights
+from .methods import Mean
 from .model_card import model_card
 from .shards import MAX_SHARD_SIZE, Planned, plan_shards, write_shards
 from .streaming import changed_matrices
@@ -27,7 +29,7 @@ from .streaming import changed_matrices
 PLAN_FILE, CARD_FILE, CONFIG_FILE = "plan.json", "README.md", "config.json"
 FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
 NAMES = {dtype: name for name, dtype in FLOATS.items()}
-Resolve = Callable[[Dict[str, Any]], MergeMethod]
+Resolve = Callable[[Dict[str, Any]], Method]
 
 
 def write_task_models(
@@ -88,9 +90,7 @@ def write_task_model(
     bank.check_base()
     model = skeleton(base.folder)
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    adapters = {name: bank.load_adapter(name) for name in spec.experts}
-    for name, adapter in adapters.items():
-        check_mergeable(adapter, name, parameters, tied_names(parameters))
+    adapters = {name: fit(model, bank.load_adapter(name), name) for name in spec.experts}
     keys = {
         base.key_of(matrix, tuple(parameters[matrix].shape), model.base_model_prefix): matrix
         for matrix in changed_matrices(adapters.values())

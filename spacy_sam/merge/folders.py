@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Callable, Dict
 
@@ -39,17 +40,19 @@ class TaskModelFolders:
     def folder(self, spec: TaskModelSpec) -> Path:
         """The folder of a task model, written if it is not in the cache. The base of a bank that holds it is its own folder.
 
-        RAISES: SamError S108 if an expert is not in the bank, and what merging it raises.
+        RAISES: SamError S108 if an expert is not in the bank, S413 if its version is not, and what merging it raises.
         """
         base = Path(self.bank.base[0])
         if not spec.experts and base.is_dir():
             return base
-        hashes = {name: self.bank.adapter_hash(name) for name in spec.experts}
-        plan = Plan(self.bank.base_hash, (spec,), hashes)
+        hashes = dict(zip(spec.experts, self.bank.of_versions(spec).adapter_hashes))
+        plan = Plan(self.bank.base_hash, (replace(spec, adapter_hashes=()),), hashes)
         folder = self.root / plan.fingerprint
         if not folder.is_dir():
             self._make_room()
-            write_task_model(self.bank, plan, folder, self.resolve, keep_existing=True)
+            # What somebody holds in memory can be written, also when it is not in the bank any more.
+            bank = self.bank.snapshot(plan.adapter_hashes)
+            write_task_model(bank, plan, folder, self.resolve, keep_existing=True)
         os.utime(folder)
         return folder
 

@@ -6,15 +6,14 @@ their proportions matter. The size of the result is set by `scale`. Trimming and
 interference of several experts: a stack of one comes back as it is, whatever the settings.
 """
 
-import math
-import zlib
 from dataclasses import dataclass
-from typing import Any, Dict, List, Optional, Protocol, Sequence, Tuple, runtime_checkable
+from typing import Any, Dict, Optional, Protocol, Sequence, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from ..errors import SamError
+from .stacks import as_stack, check_density, check_scale, drop, largest, prepare, relative_weights, weighted_sum
 
 TRIMS = ("matrix", "global")
 
@@ -44,8 +43,8 @@ class Ties:
     trim: str = "matrix"
 
     def __post_init__(self) -> None:
-        _check_density(self.density)
-        _check_scale(self.scale)
+        check_density(self.density)
+        check_scale(self.scale)
         if self.trim not in TRIMS:
             raise SamError("S401", name="trim", expected=f"one of {TRIMS}", found=repr(self.trim))
 
@@ -66,7 +65,7 @@ class Mean:
     scale: float = 1.0
 
     def __post_init__(self) -> None:
-        _check_scale(self.scale)
+        check_scale(self.scale)
 
     @property
     def config(self) -> Dict[str, Any]:
@@ -83,7 +82,7 @@ class TaskArithmetic:
     scale: float = 0.4
 
     def __post_init__(self) -> None:
-        _check_scale(self.scale)
+        check_scale(self.scale)
 
     @property
     def config(self) -> Dict[str, Any]:
@@ -102,8 +101,8 @@ class Dare:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _check_density(self.density)
-        _check_scale(self.scale)
+        check_density(self.density)
+        check_scale(self.scale)
 
     @property
     def config(self) -> Dict[str, Any]:
@@ -126,10 +125,10 @@ def ties(
     density (float): The share of each task vector that is kept, above 0 and up to 1.
     scale (float): Multiplies the result (the paper's lambda), above 0.
     RETURNS (Tensor): `[...]`.
-    RAISES: SamError S401 for bad weights, density, scale or an empty stack.
+    RAISES: SamError S401 for bad weights, density, scale or an empty stack, S407 for NaN and infinite values.
     """
-    _check_density(density)
-    vectors, relative = _prepare(task_vectors, weights, scale)
+    check_density(density)
+    vectors, relative = prepare(task_vectors, weights, scale)
     if len(vectors) == 1:
         return vectors[0].clone()
     trimmed = trim(vectors, density)
@@ -138,10 +137,10 @@ def ties(
 
 def mean(task_vectors: Tensor, weights: Optional[Sequence[float]] = None, scale: float = 1.0) -> Tensor:
     """Weighted mean times `scale`. Arguments, result and errors as in `ties`."""
-    vectors, relative = _prepare(task_vectors, weights, scale)
+    vectors, relative = prepare(task_vectors, weights, scale)
     if len(vectors) == 1:
         return vectors[0].clone()
-    return scale * (_weighted_sum(vectors, relative) / sum(relative))
+    return scale * (weighted_sum(vectors, relative) / sum(relative))
 
 
 def task_arithmetic(task_vectors: Tensor, weights: Optional[Sequence[float]] = None, scale: float = 0.4) -> Tensor:
@@ -150,10 +149,10 @@ def task_arithmetic(task_vectors: Tensor, weights: Optional[Sequence[float]] = N
     Weights are relative here too: they are brought to a mean of 1, so that equal ones of any size give the plain sum.
     Arguments, result and errors as in `ties`.
     """
-    vectors, relative = _prepare(task_vectors, weights, scale)
+    vectors, relative = prepare(task_vectors, weights, scale)
     if len(vectors) == 1:
         return vectors[0].clone()
-    return scale * (_weighted_sum(vectors, relative) * (len(vectors) / sum(relative)))
+    return scale * (weighted_sum(vectors, relative) * (len(vectors) / sum(relative)))
 
 
 def dare(
@@ -172,19 +171,12 @@ def dare(
     density (float): The chance of an entry to be kept, above 0 and up to 1.
     seed (int): Of the choice.
     """
-    _check_density(density)
-    vectors, relative = _prepare(task_vectors, weights, scale)
+    check_density(density)
+    vectors, relative = prepare(task_vectors, weights, scale)
     if len(vectors) == 1:
         return vectors[0].clone()
-    dropped = torch.stack([_drop(vector, density, seed) for vector in vectors])
-    return scale * (_weighted_sum(dropped, relative) * (len(vectors) / sum(relative)))
-
-
-def _drop(vector: Tensor, density: float, seed: int) -> Tensor:
-    content = zlib.crc32(vector.cpu().contiguous().view(torch.uint8).numpy().tobytes(), zlib.crc32(str(seed).encode()))
-    generator = torch.Generator().manual_seed(content)
-    kept = torch.rand(vector.shape, generator=generator) < density
-    return torch.where(kept.to(vector.device), vector / density, 0)
+    dropped = torch.stack([drop(vector, density, seed) for vector in vectors])
+    return scale * (weighted_sum(dropped, relative) * (len(vectors) / sum(relative)))
 
 
 def trim(task_vectors: Tensor, density: float) -> Tensor:
@@ -197,10 +189,10 @@ def trim(task_vectors: Tensor, density: float) -> Tensor:
     RETURNS (Tensor): `[n_experts, ...]`.
     RAISES: SamError S401 for a bad density or an empty stack.
     """
-    _check_density(density)
-    vectors = _as_stack(task_vectors)
+    check_density(density)
+    vectors = as_stack(task_vectors)
     n_keep = int(density * vectors[0].numel())
-    return torch.stack([torch.where(_largest(vector, n_keep), vector, 0) for vector in vectors])
+    return torch.stack([torch.where(largest(vector, n_keep), vector, 0) for vector in vectors])
 
 
 def elect_signs(trimmed: Tensor, weights: Optional[Sequence[float]] = None) -> Tensor:
@@ -211,8 +203,8 @@ def elect_signs(trimmed: Tensor, weights: Optional[Sequence[float]] = None) -> T
     RETURNS (Tensor): `[...]` of +1 and -1.
     RAISES: SamError S401 for bad weights or an empty stack.
     """
-    vectors = _as_stack(trimmed)
-    total = _weighted_sum(vectors, _relative_weights(weights, vectors))
+    vectors = as_stack(trimmed)
+    total = weighted_sum(vectors, relative_weights(weights, len(vectors), vectors.dtype))
     return torch.where(total >= 0, torch.ones_like(total), -torch.ones_like(total))
 
 
@@ -225,77 +217,10 @@ def disjoint_mean(trimmed: Tensor, signs: Tensor, weights: Optional[Sequence[flo
     RETURNS (Tensor): `[...]`.
     RAISES: SamError S401 for bad weights or an empty stack.
     """
-    vectors = _as_stack(trimmed)
+    vectors = as_stack(trimmed)
     total, agreeing = torch.zeros_like(vectors[0]), torch.zeros_like(vectors[0])
-    for vector, weight in zip(vectors, _relative_weights(weights, vectors)):
+    for vector, weight in zip(vectors, relative_weights(weights, len(vectors), vectors.dtype)):
         agrees = vector.sign() == signs
         total += torch.where(agrees, weight * vector, 0)
         agreeing += weight * agrees.to(vectors.dtype)
     return total / torch.where(agreeing > 0, agreeing, 1)
-
-
-def _largest(vector: Tensor, n_keep: int) -> Tensor:
-    """Mask of the `n_keep` entries of largest magnitude, the first ones where magnitudes are equal."""
-    if n_keep in (0, vector.numel()):
-        return torch.full_like(vector, n_keep > 0, dtype=torch.bool)
-    magnitude = vector.abs().reshape(-1)
-    border = magnitude.kthvalue(magnitude.numel() - n_keep + 1).values
-    mask = magnitude > border
-    n_missing = n_keep - int(mask.sum())
-    mask[(magnitude == border).nonzero()[:n_missing, 0]] = True
-    return mask.reshape(vector.shape)
-
-
-def _weighted_sum(vectors: Tensor, weights: Sequence[float]) -> Tensor:
-    """Expert by expert: a second stack of an 8B model's matrices would be large."""
-    total = torch.zeros_like(vectors[0])
-    for vector, weight in zip(vectors, weights):
-        total += weight * vector
-    return total
-
-
-def _prepare(task_vectors: Tensor, weights: Optional[Sequence[float]], scale: float) -> Tuple[Tensor, List[float]]:
-    _check_scale(scale)
-    vectors = _as_stack(task_vectors)
-    return vectors, _relative_weights(weights, vectors)
-
-
-def _as_stack(task_vectors: Tensor) -> Tensor:
-    if task_vectors.dim() == 0 or len(task_vectors) == 0:
-        raise SamError("S401", name="task_vectors", expected="a stack of at least one", found=list(task_vectors.shape))
-    return task_vectors if task_vectors.dtype == torch.float64 else task_vectors.float()
-
-
-def _relative_weights(weights: Optional[Sequence[float]], vectors: Tensor) -> List[float]:
-    return relative_weights(weights, len(vectors), vectors.dtype)
-
-
-def relative_weights(
-    weights: Optional[Sequence[float]], n_experts: int, dtype: torch.dtype = torch.float32
-) -> List[float]:
-    """Divide by a power of two, so that the largest is in [0.5, 1): exact, and no size of weights overflows float32.
-
-    RAISES: SamError S401 unless there are `n_experts` finite weights above 0.
-    """
-    given = [1.0] * n_experts if weights is None else [float(weight) for weight in weights]
-    if len(given) != n_experts or not all(math.isfinite(weight) and weight > 0 for weight in given):
-        raise SamError("S401", name="weights", expected=f"{n_experts} finite numbers above 0", found=given)
-    exponent = math.frexp(max(given))[1]
-    # A weight that the dtype would round to 0 would make 0 / 0 of the entries that its expert alone decides.
-    smallest = torch.finfo(dtype).eps ** 2
-    return [max(math.ldexp(weight, -exponent), smallest) for weight in given]
-
-
-def _check_density(density: float) -> None:
-    if not (_is_number(density) and 0 < density <= 1):
-        raise SamError("S401", name="density", expected="above 0 and at most 1", found=repr(density))
-
-
-def _check_scale(scale: float) -> None:
-    if not (_is_number(scale) and math.isfinite(scale) and scale > 0):
-        raise SamError("S401", name="scale", expected="a finite number above 0", found=repr(scale))
-
-
-def _is_number(value: Any) -> bool:
-    """confection passes strings for numbers."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -13,7 +13,9 @@ from torch import Tensor
 
 from ..adapters import Adapter
 from ..errors import SamError
-from .methods import Mean, MergeMethod, TaskArithmetic, Ties, relative_weights
+from .factors import Method
+from .methods import Mean, MergeMethod, TaskArithmetic, Ties
+from .stacks import relative_weights
 from .thresholds import Cut, find_cuts
 from .workers import Product, TileWorkers
 
@@ -22,7 +24,7 @@ GROUP = 8  # small matrices for each thread
 Merge = Callable[[slice], Tensor]  # the merged dW of a tile's rows, in a buffer that the next call uses again
 
 
-def can_stream(method: MergeMethod, n_experts: int) -> bool:
+def can_stream(method: Method, n_experts: int) -> bool:
     """Whether a merge can be done by tiles. A single expert's can: no method has a part in it."""
     return n_experts == 1 or type(method) in (Ties, Mean, TaskArithmetic)
 
@@ -30,7 +32,7 @@ def can_stream(method: MergeMethod, n_experts: int) -> bool:
 def merge_by_tiles(
     adapters: Mapping[str, Adapter],
     weights: Sequence[float],
-    method: MergeMethod,
+    method: Method,
     original: Optional[Callable[[str], Tensor]] = None,
     order: Optional[Sequence[str]] = None,
 ) -> Iterator[Tuple[str, Tensor]]:
@@ -41,7 +43,7 @@ def merge_by_tiles(
 
     adapters (Mapping[str, Adapter]): The adapters of at least one expert, by name, on one device.
     weights (Sequence[float]): One for each, relative.
-    method (MergeMethod): One that `can_stream`.
+    method (Method): One that `can_stream`.
     original (Optional[Callable]): Gives the base's weight of a name, `[rows, columns]` of any floating dtype. None for
         merged task vectors alone.
     order (Optional[Sequence[str]]): The names of all matrices, as they shall be yielded: this changes no value. None for
@@ -156,7 +158,7 @@ def add_weighted(total: Tensor, vector: Tensor, weight: float, spare: Tensor) ->
 def _merge_matrix(
     adapters: Mapping[str, Adapter],
     weights: Mapping[str, float],
-    method: MergeMethod,
+    method: Method,
     cuts: Mapping[str, Mapping[str, Cut]],
     workers: TileWorkers,
     matrix: str,
@@ -172,7 +174,7 @@ def _merge_matrix(
 def _maker(
     products: Mapping[str, Product],
     weights: Mapping[str, float],
-    method: MergeMethod,
+    method: Method,
     cuts: Mapping[str, Cut],
     workers: TileWorkers,
 ) -> Callable[[], Merge]:
@@ -200,9 +202,10 @@ def _single(product: Product, workers: TileWorkers) -> Merge:
 
 
 def _linear(
-    products: Mapping[str, Product], weights: Mapping[str, float], method: MergeMethod, workers: TileWorkers
+    products: Mapping[str, Product], weights: Mapping[str, float], method: Method, workers: TileWorkers
 ) -> Merge:
     """A method that treats each entry alone, on stacks of tiles."""
+    assert isinstance(method, MergeMethod)  # as `can_stream` has it
     some = workers.buffer(0, next(iter(products.values())))
     stack = some.new_zeros((len(weights), *some.shape))
 

@@ -8,6 +8,7 @@ from typing import Any, Dict, List, Optional, Sequence
 import numpy as np
 
 from ..errors import SamError
+from ..locks import ProcessLock
 from ..quiet import quiet_loading
 
 DEFAULT_ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
@@ -27,6 +28,7 @@ class SentenceEncoder:
         self.local_files_only = local_files_only
         self._model: Any = None
         self._kept: Dict[bytes, np.ndarray] = {}  # by the hash of the text
+        self._lock = ProcessLock(at_rest=True)
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_model": None, "_kept": {}}
@@ -38,6 +40,10 @@ class SentenceEncoder:
         RETURNS (ndarray): [n_texts, dimension], float32.
         RAISES: SamError S303 if the encoder cannot be loaded.
         """
+        with self._lock.held():
+            return self._encode(texts)
+
+    def _encode(self, texts: Sequence[str]) -> np.ndarray:
         if self._model is None:
             self._model = self._load()
         keys = [blake2b(text.encode("utf8", "surrogatepass"), digest_size=16).digest() for text in texts]

@@ -27,20 +27,28 @@ class DomainSimilarity:
 
 def domain_similarities(target: np.ndarray, context: SelectionContext) -> Dict[str, float]:
     """Cosine of the target's mean embedding [dimension] and every expert's centroid."""
-    scores: Dict[str, float] = {}
-    for card in context.bank.experts:
+    cards = context.bank.experts
+    for card in cards:
         centroid = card.centroid
         if centroid is None or centroid.encoder != context.encoder or len(centroid.vector) != len(target):
             known = centroid.encoder if centroid else "none"
             raise SamError("S304", name=card.name, encoder=context.encoder, known=known)
-        scores[card.name] = cosine(target, np.asarray(centroid.vector, dtype=np.float32))
-    return scores
+    if not cards:
+        return {}
+    centroids = np.stack([card.centroid.array for card in cards])  # type: ignore[union-attr]  # checked above
+    return dict(zip([card.name for card in cards], cosines(centroids, target).tolist()))
+
+
+def cosines(vectors: np.ndarray, target: np.ndarray) -> np.ndarray:
+    """Cosines of vectors [n, dimension] and a target [dimension]: [n], float64; 0 where one of the two is zero."""
+    norms = np.linalg.norm(vectors, axis=1) * np.linalg.norm(target)
+    products = (vectors * target).sum(1)  # row by row, so that equal vectors have equal cosines
+    return np.divide(products, norms, out=np.zeros(len(vectors)), where=norms > 0)
 
 
 def cosine(first: np.ndarray, second: np.ndarray) -> float:
     """Cosine of two vectors; 0 if one of them is zero."""
-    norms = float(np.linalg.norm(first) * np.linalg.norm(second))
-    return float(first @ second) / norms if norms > 0 else 0.0
+    return float(cosines(first[None], second)[0])
 
 
 def make_centroid(embeddings: np.ndarray, encoder: str) -> Centroid:

@@ -10,12 +10,12 @@ from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import torch
 
-from ..adapters import WEIGHTS_FILE
 from ..bank import BANK_FILE, ExpertBank, write_json
 from ..corpora import Dataset, load_dataset
 from ..errors import SamError
 from ..generate.constrain import InlineGrammar
 from ..generate.tagging import TagEncoder
+from ..lora_config import WEIGHTS_FILE
 from ..models import auto_model, is_tagger
 from ..plan import Centroid, Corpus, Expert
 from ..prompts import InlineFormat, PromptEncoder, make_format

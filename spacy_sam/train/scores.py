@@ -1,4 +1,4 @@
-"""What dev sets decide and tell: the bank's entity bias, and each expert's scores on the dev sets of its own domain."""
+"""What dev sets decide and tell: the bank's entity bias and calibration, and each expert's scores on its own dev sets."""
 
 from dataclasses import replace
 from typing import Callable, Dict, List, Tuple
@@ -10,6 +10,7 @@ from ..component import SamNer
 from ..corpora import Dataset, load_dataset
 from ..evaluate import Result, make_pipeline, plan_of, score
 from ..plan import Score
+from .calibrate import calibrate
 from .config import TrainConfig, expand
 
 # Logits. Trained for likelihood, a model begins an entity that is more likely than not; for F1 the best threshold is half
@@ -18,7 +19,7 @@ ENTITY_BIASES = (0.0, 0.5, 1.0, 1.5)
 
 
 def score_bank(bank: ExpertBank, config: TrainConfig, *, report: Callable[[str], None]) -> None:
-    """Choose the bank's entity bias by its experts, then score every adapter that has dev sets and no scores yet.
+    """Choose the bank's entity bias by its experts, fit its calibration, and score every adapter that has none and dev sets.
 
     bank (ExpertBank): The bank; `bank.json` and its cards are rewritten. Experts are scored on their own dev sets, baselines
         on all.
@@ -30,6 +31,7 @@ def score_bank(bank: ExpertBank, config: TrainConfig, *, report: Callable[[str],
     scorer = _Scorer(bank, nlp, component, config.dev_texts)
     if any(domains.get(card.name) for card in bank.experts) and not any(card.scores for card in bank.experts):
         scorer.choose_bias(domains, report)
+        calibrate(bank, domains, nlp, component, n_texts=config.dev_texts, report=report)
     for card in [*bank.experts, *bank.baselines]:
         datasets = domains.get(card.name, [d for found in domains.values() for d in found])
         if card.scores or not datasets:
