@@ -85,11 +85,13 @@ def fit_calibration(
 
     scores (Sequence[float]): Raw scores of entities, between 0 and 1.
     right (Sequence[bool]): Whether each is right: type and both boundaries.
-    is_single (Sequence[bool]): Whether it comes from a plan of one expert.
+    is_single (Sequence[bool]): Whether it comes from a plan of one expert. If all do, `single_expert` is 0: nothing tells it from
+        the offset.
     weights (Optional[Sequence[float]]): What each counts for; None for all alike.
     RETURNS (Calibration): With a slope of at least `LEAST_SLOPE`.
     """
-    columns = [[logit(score), 1.0, float(single)] for score, single in zip(scores, is_single)]
+    are_mixed = not all(is_single)
+    columns = [[logit(score), 1.0, float(single and are_mixed)] for score, single in zip(scores, is_single)]
     inputs = np.array(columns, dtype=float).reshape(-1, 3)
     truth = np.array(right, dtype=float)
     counts = np.ones(len(truth)) if weights is None else np.array(weights, dtype=float)

@@ -1,5 +1,6 @@
 """The bank in the package: sound, complete, in the wheel, and it finds something."""
 
+import json
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import pytest
 import spacy
 
 from spacy_sam.bank import ExpertBank, bundled_bank_path
+from spacy_sam.calibration import Calibration
 
 DOMAINS = ["biomedical", "legal", "news", "social_media", "stem", "traffic"]
 ROOT = Path(__file__).parent.parent
@@ -35,6 +37,11 @@ def test_bundled_cards(bank):
         assert card.centroid.n_texts > 100
         assert {corpus.name for corpus in card.corpora} == set(card.scores)
         assert all(score.f > 0 for score in card.scores.values())
+
+
+def test_bundled_calibration_is_the_one_that_was_measured(bank):
+    results = json.loads((ROOT / "benchmarks" / "results" / "calibration.json").read_text(encoding="utf8"))
+    assert bank.calibration == Calibration(**results["calibration"])
 
 
 def test_bundled_formats(bank):

@@ -108,6 +108,13 @@ def test_calibration_fit_weights_are_repetitions():
     assert (weighted.slope, weighted.offset) == pytest.approx((plain.slope, plain.offset), abs=1e-6)
 
 
+def test_calibration_fit_of_plans_of_one_expert_alone_is_for_all_plans():
+    scores, right, _ = drawn(200, Calibration(0.7, 0.8))
+    found = fit_calibration(scores, right, [True] * 200)
+    assert found == fit_calibration(scores, right, [False] * 200)
+    assert found(0.5, is_single=True) == found(0.5) > 0.6
+
+
 @pytest.mark.parametrize(
     ("scores", "right"),
     [

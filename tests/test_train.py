@@ -297,9 +297,9 @@ def test_train_scores(config, whole, tmp_path):
         "unified": ["cooking", "sport"],
     }
     assert {score.n_docs for found in scores.values() for score in found.values()} == {2}
-    assert len(said) == len(ENTITY_BIASES) + 4
+    assert len(said) == len(ENTITY_BIASES) + 1 + 4  # the calibration, and four scores
     score_bank(ExpertBank(bank.path), config, report=said.append)
-    assert len(said) == len(ENTITY_BIASES) + 4
+    assert len(said) == len(ENTITY_BIASES) + 1 + 4  # the calibration, and four scores
 
 
 # Going on

@@ -102,7 +102,7 @@ def _run(inputs: List[Path], out: Path, settings: Any) -> Any:
 
     def start(shards: List[Any], todo: List[Any]) -> None:
         done = len(shards) - len(todo)
-        msg.info(f"{len(shards)} shards" + (f", {done} of them finished before" if done else ""))
+        msg.info(f"Shards: {len(shards)}" + (f", {done} of them finished before" if done else ""))
         progress.start(todo)
 
     try:
